@@ -1,0 +1,226 @@
+"""Data sets of before/after pairs: what lies in a folder or a JSONL file, checked strictly before anything is trained.
+
+A pair whose other half has a slightly different name is an error with the nearest name, never a guess and never left out:
+trainers that leave such pairs out silently, or shift the rest up, learn from the wrong partners.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from . import images
+from .errors import UserError
+from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_side_by_side
+from .method import Example
+
+ASPECT_TOLERANCE = 1.02  # a target 2 % wider than its source is a crop, not rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The recipe's ``data`` section."""
+
+    root: str = ""
+    """Folder of the data set; for ``jsonl`` the file, or a folder that holds one such file."""
+    kind: Literal["pairs", "side_by_side", "jsonl"] = "pairs"
+    """``pairs``: folders source/ and target/ (or train_A/ and train_B/, or control/ and target/), files matched by stem.
+    ``side_by_side``: one folder of double-wide pictures, left before, right after. ``jsonl``: one JSON object per line with
+    the fields source, target, prompt, mask (paths relative to the file; the names of other trainers are understood).
+    For the first two, prompts lie in prompts/STEM.txt, train_prompts.json, or STEM.txt beside the target, and masks in
+    masks/."""
+    prompt: str | None = None
+    """Instruction of every pair for which the data set has none; "" trains without one."""
+    mask_white: Literal["change", "keep"] = "change"
+    """What white means in masks: where the picture may change, or what must be kept (EditInfinity's own files)."""
+    limit: int | None = None
+    """Use only the first so many pairs, in the order of their names (of a JSONL file: of its lines); none: all."""
+    held_out: int = 4
+    """Pairs kept out of training for samples and held-out loss; the choice depends on the names of the pairs alone."""
+    held_out_root: str | None = None
+    """Another data set of the same kind whose pairs serve for that instead; then all of ``root`` is trained on."""
+    caption_dropout: float = 0.0
+    """Probability with which a pair's prompt is replaced by the empty one in a step, 0 to 1."""
+    workers: int = 0
+    """Processes that load pictures beside training; 0 loads them in the training process."""
+    cache: Literal["memory", "disk", "off"] = "memory"
+    """Where encoded pictures and prompts are kept, so that each is encoded once; ``off`` encodes in every step."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"data.limit is the number of pairs to use, at least 1, not {self.limit}")
+        if self.held_out < 0:
+            raise UserError(f"data.held_out is a number of pairs, 0 or more, not {self.held_out}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"data.caption_dropout is a probability from 0 to 1, not {self.caption_dropout}")
+        if self.workers < 0:
+            raise UserError(f"data.workers is a number of processes, 0 or more, not {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pair as found, its pictures not yet decoded."""
+
+    key: str
+    """Name of the sample, unique in its data set and usable as a file name."""
+    source: Path
+    target: Path
+    prompt: str
+    size: tuple[int, int]
+    """``(width, height)`` of the source, upright; the target has the same aspect but may have another size."""
+    mask: Path | None = None
+    mask_white: Literal["change", "keep"] = "change"
+    side_by_side: bool = False
+    """``source`` and ``target`` are one file, of which they are the left and right half."""
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Further fields of a JSONL line."""
+
+    def load(self) -> Example:
+        """Decode the pictures, each in its own size; raises ``UserError`` naming a file that cannot be."""
+        if self.side_by_side:
+            source, target = images.split(images.open_image(self.source))
+        else:
+            source, target = images.open_image(self.source), images.open_image(self.target)
+        mask = images.open_mask(self.mask, white=self.mask_white) if self.mask else None
+        return Example(
+            source=source, target=target, prompt=self.prompt, mask=mask, key=self.key, extra=self.extra
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over what the pictures hold: independent of prompt, names and place. Computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256(
+            f"row 1 {self.side_by_side} {self.mask_white if self.mask else None}".encode()
+        )
+        for path in (self.source, None if self.side_by_side else self.target, self.mask):
+            digest.update(_file_digest(path) if path else bytes(32))
+        return digest.hexdigest()
+
+
+def open_data(config: DataConfig) -> list[Row]:
+    """Find the pairs of a data set, read their prompts and sizes, and check all that headers and names can tell.
+
+    Raises ``UserError`` for folders that are missing, empty or unreadable, pictures without partner (with the nearest name),
+    two pictures of one stem, stray files, unreadable headers, pairs of different aspect, missing prompts and broken JSONL.
+    """
+    if not config.root:
+        raise UserError("data.root is empty; give the folder that holds the data set")
+    root = Path(config.root).expanduser()
+    scan = {"pairs": scan_pairs, "side_by_side": scan_side_by_side, "jsonl": scan_jsonl}[config.kind]
+    found, where = scan(root)
+    found = found[: config.limit]
+    bare = [one.key for one in found if not one.prompt]
+    if bare and config.prompt is None:
+        raise UserError(
+            f"{root}: {len(bare)} of {len(found)} pairs have no prompt; it is looked for in {where}. Write the prompts "
+            f'there, or give all the same with data.prompt="..." ("" trains without).{listed(bare)}'
+        )
+    rows, problems = [], []
+    for one in found:
+        try:
+            rows.append(_row(one, config))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"{root}: {len(problems)} of {len(found)} pairs cannot be used:{listed(problems)}")
+    return rows
+
+
+def _row(one: Found, config: DataConfig) -> Row:
+    width, height = images.read_size(one.source)
+    if one.side_by_side:
+        if width % 2:
+            raise UserError(f"{one.source}: {width}x{height} has no two halves; the width must be even")
+        width //= 2
+    else:
+        _check_aspect(one.source, (width, height), one.target, images.read_size(one.target))
+    if one.mask:
+        _check_aspect(one.source, (width, height), one.mask, images.read_size(one.mask))
+    return Row(
+        key=one.key,
+        source=one.source,
+        target=one.target,
+        prompt=one.prompt or config.prompt or "",
+        size=(width, height),
+        mask=one.mask,
+        mask_white=config.mask_white,
+        side_by_side=one.side_by_side,
+        extra=one.extra,
+    )
+
+
+def _check_aspect(path: Path, size: tuple[int, int], other: Path, other_size: tuple[int, int]) -> None:
+    ratio = size[0] * other_size[1] / (size[1] * other_size[0])
+    if max(ratio, 1 / ratio) > ASPECT_TOLERANCE:
+        sizes = f"{size[0]}x{size[1]} and {other_size[0]}x{other_size[1]}"
+        raise UserError(f"{path} and {other}: their aspects differ ({sizes}); crop them alike")
+
+
+def held_out(rows: Sequence[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
+    """Split into pairs to train on and pairs held out; the latter are those with the smallest hash of their key.
+
+    So the same pairs are held out on every machine, whatever their order. With ``held_out_root`` all rows are trained on
+    and that data set is held out. Raises ``UserError`` where more would be held out than trained on.
+    """
+    if config.held_out_root is not None:
+        if Path(config.held_out_root).expanduser().resolve() == Path(config.root).expanduser().resolve():
+            raise UserError("data.held_out_root is data.root itself; set data.held_out to split one data set")
+        return list(rows), open_data(
+            replace(config, root=config.held_out_root, held_out_root=None, limit=None)
+        )
+    if 2 * config.held_out > len(rows):
+        raise UserError(
+            f"data.held_out={config.held_out} would keep more than half of the {len(rows)} pairs from training; set it "
+            "lower (0 trains on all), or name other pairs with data.held_out_root"
+        )
+    chosen = sorted(rows, key=lambda row: hashlib.sha256(row.key.encode("utf-8", "surrogateescape")).digest())
+    keys = {row.key for row in chosen[: config.held_out]}
+    return [row for row in rows if row.key not in keys], [row for row in rows if row.key in keys]
+
+
+def verify(rows: Iterable[Row], progress: Callable[[int, int], None] | None = None) -> None:
+    """Decode every picture once and raise one ``UserError`` with all that cannot be.
+
+    A cut-off picture has a sound header, so that only this finds it before training does. ``progress`` is called with the
+    number of pictures done and of all.
+    """
+    # A dictionary drops repeated files and keeps their order.
+    jobs = list(dict.fromkeys(job for row in rows for job in _pictures_of(row)))
+    problems = []
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for done, problem in enumerate(pool.map(_problem, jobs), start=1):
+            if problem:
+                problems.append(problem)
+            if progress:
+                progress(done, len(jobs))
+    if problems:
+        raise UserError(f"{len(problems)} of {len(jobs)} pictures cannot be used:{listed(problems, most=50)}")
+
+
+def _pictures_of(row: Row) -> list[tuple[Path, bool]]:
+    pictures = [(row.source, False), (row.target, False)]
+    return [*pictures, (row.mask, True)] if row.mask else pictures
+
+
+def _problem(job: tuple[Path, bool]) -> str:
+    path, is_mask = job
+    try:
+        images.open_mask(path) if is_mask else images.open_image(path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); did the data set change?") from error

@@ -1,0 +1,415 @@
+"""The ways in which before/after pairs lie on disk: which files belong together, and with which prompt.
+
+Names are compared after Unicode composition (macOS stores "é" as two characters), and else exactly: upper and lower case
+and near misses are reported. Hidden files and those that file managers leave behind are passed over.
+"""
+
+import difflib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import UserError
+from .images import READABLE
+
+SIDES = (("source", "target"), ("train_A", "train_B"), ("control", "target"))
+PASSED_OVER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir"})
+SHOWN = 5
+
+# Our names first; then those of musubi-tuner, DiffSynth-Studio, diffusers' Kontext script, MagicBrush and InstructPix2Pix.
+SOURCE_FIELDS = (
+    "source",
+    "control_path",
+    "control_path_0",
+    "edit_image",
+    "file_name",
+    "source_img",
+    "input_image",
+    "original_image",
+)
+TARGET_FIELDS = ("target", "image_path", "image", "output", "target_img", "edited_image")
+PROMPT_FIELDS = ("prompt", "instruction", "caption", "edit_prompt")
+MASK_FIELDS = ("mask", "mask_path", "mask_image")
+KEY_FIELDS = ("key", "id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A pair by its files; ``prompt`` is "" where the data set has none."""
+
+    key: str
+    source: Path
+    target: Path
+    prompt: str = ""
+    mask: Path | None = None
+    side_by_side: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def listed(lines: Sequence[str], most: int = SHOWN) -> str:
+    """The first few lines, indented, below a message."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """The most similar of ``names``, upper and lower case aside, or ""; also one that only adds to the name."""
+    folded = {other.casefold(): other for other in names}
+    name = name.casefold()
+    close = difflib.get_close_matches(name, folded, n=1, cutoff=0.6)
+    longer = sorted((other for other in folded if name in other or other in name), key=len)
+    return folded[(close or longer)[0]] if close or longer else ""
+
+
+def scan_pairs(root: Path) -> tuple[list[Found], str]:
+    """Pairs of two folders, in the order of their stems, and where their prompts are looked for."""
+    entries = {path.name for path in entries_of(root, "a data set: the folders source/ and target/")}
+    layouts = [pair for pair in SIDES if set(pair) <= entries]
+    if len(layouts) != 1:
+        raise UserError(f"{root}: {_no_sides(entries, layouts)}")
+    before, after = layouts[0]
+    sources = pictures_by_stem(root / before)
+    targets = pictures_by_stem(root / after, texts=True)
+    _check_partners(sources, targets, before, after, root)
+    masks = _masks(root, entries, sources)
+    prompts = _prompts(root, entries, sources, beside=root / after)
+    found = [
+        Found(key=stem, source=path, target=targets[stem], prompt=prompts.get(stem, ""), mask=masks.get(stem))
+        for stem, path in sources.items()
+    ]
+    return found, f"{root}/prompts/STEM.txt, {root}/train_prompts.json and {root / after}/STEM.txt"
+
+
+def scan_side_by_side(root: Path) -> tuple[list[Found], str]:
+    """Double-wide pictures of one folder, in the order of their stems, and where their prompts are looked for."""
+    entries = {path.name for path in entries_of(root, "double-wide pictures, left before and right after")}
+    for pair in SIDES:
+        if set(pair) <= entries:
+            raise UserError(
+                f"{root}: holds {pair[0]}/ and {pair[1]}/, not side-by-side pictures; set data.kind=pairs"
+            )
+    for folder in ("prompts", "masks"):
+        _present(root, entries, folder)
+    pictures = pictures_by_stem(root, texts=True, beside=("prompts", "masks", "train_prompts.json"))
+    masks = _masks(root, entries, pictures)
+    prompts = _prompts(root, entries, pictures, beside=root)
+    found = [
+        Found(
+            key=stem,
+            source=path,
+            target=path,
+            prompt=prompts.get(stem, ""),
+            mask=masks.get(stem),
+            side_by_side=True,
+        )
+        for stem, path in pictures.items()
+    ]
+    return found, f"{root}/prompts/STEM.txt, {root}/train_prompts.json and {root}/STEM.txt"
+
+
+def entries_of(folder: Path, expected: str) -> list[Path]:
+    """What lies in a folder, sorted, less what is passed over; ``UserError`` if it is missing, unreadable or empty."""
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: there is no such folder; expected {expected}{_near_file(folder)}"
+        ) from error
+    except NotADirectoryError as error:
+        hint = "; for a JSONL file set data.kind=jsonl" if folder.suffix == ".jsonl" else ""
+        raise UserError(f"{folder}: is a file, not a folder; expected {expected}{hint}") from error
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the folder cannot be read ({error.strerror}); expected {expected}"
+        ) from error
+    paths = [p for p in paths if not p.name.startswith(".") and p.name.lower() not in PASSED_OVER]
+    if not paths:
+        raise UserError(f"{folder}: the folder is empty; expected {expected}")
+    return paths
+
+
+def pictures_by_stem(folder: Path, *, texts: bool = False, beside: Collection[str] = ()) -> dict[str, Path]:
+    """The pictures of a folder by stem, sorted; ``texts``: .txt files may lie there too, ``beside``: these names as well.
+
+    Raises ``UserError`` for two pictures of one stem and for anything else that lies there.
+    """
+    found: dict[str, Path] = {}
+    stray, twins = [], []
+    for path in entries_of(folder, "pictures"):
+        if path.name in beside or (texts and path.suffix.lower() == ".txt"):
+            continue
+        if path.suffix.lower() not in READABLE or path.is_dir():
+            stray.append(path.name + ("/" if path.is_dir() else ""))
+        elif (stem := _stem(path.name)) in found:
+            twins.append(f"{found[stem].name} and {path.name}")
+        else:
+            found[stem] = path
+    if stray:
+        raise UserError(f"{folder}: holds other things than pictures; move them elsewhere:{listed(stray)}")
+    if twins:
+        raise UserError(
+            f"{folder}: pictures of one stem cannot be told apart; rename one of each:{listed(twins)}"
+        )
+    if not found:
+        raise UserError(f"{folder}: holds no pictures; known are {', '.join(sorted(READABLE))}")
+    return dict(sorted(found.items()))
+
+
+def _stem(name: str) -> str:
+    return unicodedata.normalize("NFC", PurePosixPath(name).stem)
+
+
+def _no_sides(entries: Collection[str], layouts: Sequence[tuple[str, str]]) -> str:
+    if layouts:
+        names = " and ".join("/, ".join(pair) + "/" for pair in layouts)
+        return f"holds several layouts ({names}); leave the folders of one"
+    message = "pairs are looked for in source/ and target/, train_A/ and train_B/, or control/ and target/; "
+    if any(Path(name).suffix.lower() in READABLE for name in entries):
+        return message + "pictures lie in the folder itself: side by side? Then set data.kind=side_by_side"
+    if any(name.endswith(".jsonl") for name in entries):
+        return message + "for the JSONL file there set data.kind=jsonl"
+    return message + f"found:{listed(sorted(entries))}"
+
+
+def _check_partners(
+    sources: Mapping[str, Path], targets: Mapping[str, Path], before: str, after: str, root: Path
+) -> None:
+    lonely = [
+        _unmatched(f"{folder}/{mine[stem].name}", stem, theirs, set(theirs) - set(mine), other)
+        for folder, mine, other, theirs in (
+            (before, sources, after, targets),
+            (after, targets, before, sources),
+        )
+        for stem in mine
+        if stem not in theirs
+    ]
+    if lonely:
+        raise UserError(
+            f"{root}: {len(lonely)} pictures have no partner; both sides must have the same stem:{listed(lonely)}"
+        )
+
+
+def _unmatched(name: str, stem: str, others: Mapping[str, Path], free: Collection[str], folder: str) -> str:
+    """One line about a file without its counterpart, with the nearest name among those that are free."""
+    near = nearest(stem, free)
+    if not near:
+        return f"{name} has no counterpart in {folder}/"
+    why = ", which differs in upper and lower case" if near.casefold() == stem.casefold() else ""
+    return f"{name} has no counterpart in {folder}/; the nearest is {others[near].name}{why}"
+
+
+def _masks(root: Path, entries: Collection[str], pictures: Mapping[str, Path]) -> dict[str, Path]:
+    if not _present(root, entries, "masks"):
+        return {}
+    masks = pictures_by_stem(root / "masks")
+    bare = [
+        _unmatched(path.name, stem, masks, set(masks) - set(pictures), "masks")
+        for stem, path in pictures.items()
+        if stem not in masks
+    ]
+    if bare:
+        raise UserError(f"{root}: {len(bare)} pairs have no mask in masks/, but others have:{listed(bare)}")
+    return masks
+
+
+def _prompts(
+    root: Path, entries: Collection[str], pictures: Mapping[str, Path], *, beside: Path
+) -> dict[str, str]:
+    """Prompts by stem: of prompts/, else train_prompts.json, else beside the picture; empty ones count as none."""
+    neighbours = _texts(beside)
+    table = _prompt_table(root / "train_prompts.json") if "train_prompts.json" in entries else {}
+    folder = _texts(root / "prompts", only=True) if _present(root, entries, "prompts") else {}
+    names = {stem: path for place in (neighbours, table, folder) for stem, (path, _) in place.items()}
+    # Prompts of pictures that are not there do no harm, unless a picture that is there lacks its own.
+    # Of texts beside the pictures only those of a near name count: a README.txt may well lie there.
+    lacking = [stem for stem in pictures if stem not in names]
+    free = (set(table) | set(folder)) - set(pictures)
+    free |= {stem for stem in neighbours if stem not in pictures and nearest(stem, lacking)}
+    if free and lacking:
+        bare = [_unmatched(pictures[stem].name, stem, names, free, "prompts") for stem in lacking]
+        raise UserError(
+            f"{root}: {len(bare)} pairs have no prompt while {len(free)} prompts have no pair:{listed(bare)}"
+        )
+    found: dict[str, str] = {}
+    for place in (neighbours, table, folder):
+        found |= {stem: text.strip() for stem, (_, text) in place.items() if text.strip()}
+    return found
+
+
+def _texts(folder: Path, *, only: bool = False) -> dict[str, tuple[Path, str]]:
+    texts: dict[str, tuple[Path, str]] = {}
+    for path in entries_of(folder, "a text file STEM.txt for each pair"):
+        if path.suffix.lower() == ".txt" and not path.is_dir():
+            texts[_stem(path.name)] = (path, read_text(path))
+        elif only:
+            raise UserError(f"{path}: prompts are files STEM.txt; move everything else out of {folder.name}/")
+    return texts
+
+
+def _prompt_table(path: Path) -> dict[str, tuple[Path, str]]:
+    expected = 'expected {"name.png": "prompt", ...}'
+    try:
+        table = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: {error.msg}; {expected}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: {expected}")
+    for name, text in table.items():
+        if not isinstance(text, str):
+            raise UserError(f"{path}: the prompt of {name!r} is not a text; {expected}")
+    names = {name: PurePosixPath(name.replace("\\", "/")).name for name in table}
+    return {_stem(names[name]): (Path(names[name]), text) for name, text in table.items()}
+
+
+def _present(root: Path, entries: Collection[str], folder: str) -> bool:
+    """Whether an optional folder is there; ``UserError`` if one of nearly its name is there instead."""
+    if folder in entries:
+        return True
+    near = nearest(folder, [name for name in entries if (root / name).is_dir()])
+    if near and difflib.SequenceMatcher(None, near.casefold(), folder).ratio() > 0.85:
+        raise UserError(
+            f"{root}: holds a folder {near}/; is it meant as {folder}/? Rename it, or move it elsewhere"
+        )
+    return False
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without byte-order mark, any line ends."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def scan_jsonl(root: Path) -> tuple[list[Found], str]:
+    """The pairs of a JSONL file, in the order of its lines, and where their prompts are looked for."""
+    path = _jsonl_file(root)
+    found, problems = [], []
+    # Not splitlines(): JSON texts may hold U+2028, which is no end of a line.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                found.append((number, _jsonl_row(line, path.parent)))
+            except UserError as error:
+                problems.append(f"line {number}: {error}")
+    if problems:
+        raise UserError(f"{path}: {len(problems)} lines cannot be used:{listed(problems)}")
+    if not found:
+        raise UserError(
+            f'{path}: holds no pairs; expected lines like {{"source": "...", "target": "...", "prompt": "..."}}'
+        )
+    return _with_unique_keys(found, path), f"the fields {', '.join(PROMPT_FIELDS)} of {path}"
+
+
+def _jsonl_file(root: Path) -> Path:
+    if not root.is_dir():
+        if not root.exists():
+            raise UserError(
+                f"{root}: there is no such file; expected a JSONL file or a folder that holds one"
+            )
+        return root
+    files = [p for p in entries_of(root, "one JSONL file") if p.suffix == ".jsonl"]
+    if len(files) != 1:
+        names = listed([p.name for p in files])
+        raise UserError(
+            f"{root}: holds {len(files)} JSONL files; name the one that is meant as data.root{names}"
+        )
+    return files[0]
+
+
+def _jsonl_row(line: str, folder: Path) -> Found:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"is not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(values, dict):
+        raise UserError("is not a JSON object; one object per line is expected, not an array")
+    values = {name: value for name, value in values.items() if value is not None}
+    source, target = _take(values, SOURCE_FIELDS), _take(values, TARGET_FIELDS)
+    prompt, mask = _take(values, PROMPT_FIELDS), _take(values, MASK_FIELDS)
+    key = _take(values, KEY_FIELDS)
+    _check_further_fields(values)
+    for name, text, fields in (("source", source, SOURCE_FIELDS), ("target", target, TARGET_FIELDS)):
+        if not text:
+            raise UserError(f"has no {name}; one of the fields {', '.join(fields)} must name the picture")
+    return Found(
+        key=re.sub(r"[^\w.-]+", "_", key),
+        source=_existing(folder, source),
+        target=_existing(folder, target),
+        prompt=prompt.strip(),
+        mask=_existing(folder, mask) if mask else None,
+        extra=values,
+    )
+
+
+def _take(values: dict[str, Any], fields: Iterable[str]) -> str:
+    """Remove the one of ``fields`` that is there, and return it; "" without one."""
+    names = [name for name in fields if name in values]
+    if len(names) > 1:
+        raise UserError(f"the fields {' and '.join(names)} mean the same; leave one")
+    if not names:
+        return ""
+    value = values.pop(names[0])
+    if names[0] in KEY_FIELDS and isinstance(value, int):
+        value = str(value)
+    if not isinstance(value, str):
+        raise UserError(f"the field {names[0]} must be one text, not {json.dumps(value)[:40]}")
+    return value
+
+
+def _check_further_fields(values: Mapping[str, Any]) -> None:
+    """Further fields are kept, but a misspelt one would be lost without a word."""
+    known = [*SOURCE_FIELDS, *TARGET_FIELDS, *PROMPT_FIELDS, *MASK_FIELDS]
+    for name in values:
+        if re.fullmatch(r"control_path_[1-9]\d*", name):
+            raise UserError(f"the field {name}: a pair has one source; more than one is not supported")
+        close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.85)
+        if close:
+            raise UserError(f"unknown field {name}; is {close[0]} meant?")
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = folder / name
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        raise UserError(f"{name[:60]!r} cannot be used as a path ({error})") from error
+    hint = "; write / instead of \\" if "\\" in name else _near_file(path)
+    raise UserError(f"there is no picture {name}{hint}")
+
+
+def _near_file(path: Path) -> str:
+    """A hint at the nearest name beside a path that does not exist, or ""."""
+    try:
+        near = nearest(path.name, [sibling.name for sibling in path.parent.iterdir()])
+    except OSError:  # the folder itself is missing or unreadable: no hint is to be had
+        return ""
+    return f"; the nearest name there is {near}" if near else ""
+
+
+def _with_unique_keys(found: Sequence[tuple[int, Found]], path: Path) -> list[Found]:
+    """Give rows without key the stem of their target, with the number of their line where that is not unique."""
+    given = Counter(one.key for _, one in found if one.key)
+    twice = [key for key, count in given.items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: keys must be unique:{listed(twice)}")
+    stems = Counter(_stem(one.target.name) for _, one in found if not one.key)
+    taken = {*given, *stems}
+    keyed = []
+    for number, one in found:
+        key = one.key or _stem(one.target.name)
+        if not one.key and (stems[key] > 1 or key in given):
+            key = f"{key}-{number}"
+            while key in taken:
+                key += "_"
+            taken.add(key)
+        keyed.append(replace(one, key=key))
+    return keyed

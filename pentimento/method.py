@@ -1,0 +1,110 @@
+"""What a method must provide. Nothing here knows how it does it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from PIL.Image import Image
+from torch import Tensor
+
+from .images import resize
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+    from .train import Draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of a data set; also the input of an edit. Pictures are RGB, ``mask`` is L and white where it may change."""
+
+    source: Image | None = None
+    target: Image | None = None
+    prompt: str = ""
+    """Instruction or caption, as the method expects it."""
+    mask: Image | None = None
+    key: str = ""
+    """Name of the sample (the stem of its files), for messages and results."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """How one edit is sampled; ``None`` stands for the value that the adapter was trained with or recommends."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    scale: float = 1.0
+    """Strength of the adapter: 0 is the base model, 1 what was trained."""
+
+
+class Method(ABC):
+    """A published editing method: how it trains and how it edits. One file each in ``methods/``."""
+
+    Config: ClassVar[type]
+    """Frozen dataclass of the recipe's ``config`` section, documented at its fields."""
+    adapters: "Adapters"
+
+    load: ClassVar[Callable[..., "Method"]]
+    """Class method ``load(backbone, config)``: the method on the weights that a recipe's ``backbone`` section names."""
+
+    @classmethod
+    def names(cls, config: Any) -> tuple[str, ...]:
+        """Names of the adapters that stages may train; empty: known only once the method is built."""
+        return ()
+
+    @classmethod
+    def outline(cls, backbone: Any, config: Any) -> "Method | None":
+        """The same without weights, to count and to preview; ``None`` where the model's configuration is not at hand."""
+        return None
+
+    @abstractmethod
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Pixels ``(width, height)`` at which a picture of this size is trained and edited."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """All that ``encode`` and ``encode_text`` depend on besides the example: part of the cache's keys."""
+
+    @abstractmethod
+    def encode(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Frozen picture encoders, without gradients and without randomness; one row per example, all of one size."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Frozen text encoders; one row per prompt, other keys than ``encode``'s."""
+
+    @abstractmethod
+    def release_encoders(self) -> None:
+        """Free the memory of what only ``encode`` and ``encode_text`` need; a later call loads it again."""
+
+    @abstractmethod
+    def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:
+        """Yield named scalar losses; each is back-propagated before the next is computed."""
+
+    @abstractmethod
+    def edit(self, example: Example, settings: EditSettings) -> Image:
+        """Edit one picture with the current adapters; the result has the picture's size."""
+
+    @abstractmethod
+    def metadata(self) -> dict[str, Any]:
+        """What an edit must know later, JSON-able: geometry, prompt template, guidance, steps."""
+
+    def views(self, example: Example) -> dict[str, Image]:
+        """The pictures of a pair as the model is given them, by name; that of a mask says what white means."""
+        pictures = {"source": example.source, "target": example.target, "mask-white-changes": example.mask}
+        return {name: resize(p, self.size(*p.size)) for name, p in pictures.items() if p is not None}
+
+    def text(self, prompt: str) -> str:
+        """The text that the model is given for a prompt."""
+        return prompt
+
+    def base(self) -> dict[str, Any]:
+        """What adapter files record of the base model, JSON-able: family, variant, weights by name, digest."""
+        return {}
+
+    def usage(self) -> str:
+        """How stock diffusers uses the saved weights, as Markdown for the run folder's README."""
+        return ""
