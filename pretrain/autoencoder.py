@@ -1,0 +1,109 @@
+"""Stage 1: the autoencoder, on renders and procedural pictures.
+
+L1 on pixels and on their gradients with a light KL term; squared error joins late, because PSNR is what is accepted.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import models, pools
+
+
+def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    d = a - b
+    return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
+
+
+def learning_rate(peak: float, progress: float, step: int, warmup: int = 300) -> float:
+    """Linear warm-up, constant, then a cosine-like fall to 2 % over the second 60 %."""
+    fall = max(0.0, (progress - 0.4) / 0.6)
+    return (
+        peak
+        * min(1.0, (step + 1) / warmup)
+        * max(0.02, 0.5 * (1 + torch.cos(torch.tensor(fall * 3.14159)).item()))
+    )
+
+
+def train(
+    out: Path, seconds: float, batch: int, pool: int, device: torch.device, start: Path | None = None
+) -> None:
+    torch.manual_seed(0)
+    cuda = device.type == "cuda"
+    drawn = pools.singles(0, pool, (128, 128), device, 14 if cuda else 2).pictures[:, 0]
+    free = pools.procedural(max(256, pool // 3), 128, device)
+    print(f"pool of {len(drawn)} renders and {len(free)} procedural pictures", flush=True)
+    vae = models.autoencoder().to(device, memory_format=torch.channels_last)
+    if start:
+        vae.load_state_dict(models.load_part(start, "vae"))
+    params = list(vae.parameters())
+    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4, fused=cuda)
+    average = models.Average(params)
+    encode, decode = (
+        (torch.compile(vae.encoder), torch.compile(vae.decoder)) if cuda else (vae.encoder, vae.decoder)
+    )
+    began, step, psnr = None, 0, 0.0
+    while began is None or time.time() - began < seconds:
+        progress = 0.0 if began is None else (time.time() - began) / seconds
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(1.2e-3 if start is None else 4e-4, progress, step)
+        x = torch.cat(
+            [
+                drawn[torch.randint(len(drawn), (batch * 5 // 8,))],
+                free[torch.randint(len(free), (batch * 3 // 8,))],
+            ]
+        )
+        x = pools.augment(x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            mean, logvar = encode(x).chunk(2, 1)
+            logvar = logvar.float().clamp(-20, 10)
+            z = mean.float() + torch.randn_like(logvar) * torch.exp(0.5 * logvar)
+            y = decode(z.to(mean.dtype)).float()
+        kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
+        mse = F.mse_loss(y, x)
+        loss = (
+            (y - x).abs().mean() + 0.5 * gradient_loss(y, x) + (4 * mse if progress > 0.3 else 0) + 2e-4 * kl
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        average.update()
+        step += 1
+        if step == 10:
+            began = time.time()
+        if step % 500 == 0:
+            psnr = -10 * torch.log10(mse / 4).item()
+            print(
+                f"vae {step} {time.time() - (began or 0):.0f}s loss {loss.item():.4f} kl {kl.item():.3f} psnr {psnr:.2f}",
+                flush=True,
+            )
+    average.apply()
+    with torch.no_grad():
+        means = torch.cat(
+            [
+                vae.encoder(drawn[i : i + 128].float() / 127.5 - 1).chunk(2, 1)[0]
+                for i in range(0, min(2048, len(drawn)), 128)
+            ]
+        )
+    scale = {"shift_factor": means.mean().item(), "scaling_factor": 1 / means.std().item()}
+    models.save_parts(out, {"vae": vae})
+    (out / "vae.json").write_text(json.dumps(scale))
+    print(
+        f"vae: {step} steps, {scale}, std per channel {[round(s, 2) for s in means.std((0, 2, 3)).tolist()]}",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def round_trip(vae, pictures: Tensor) -> Tensor:
+    """PSNR per picture of decoding the posterior's mean; pictures (n, 3, H, W) in [-1, 1]."""
+    out = []
+    for x in pictures.split(64):
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        out.append(-10 * torch.log10(((y - x) / 2).pow(2).mean((1, 2, 3))))
+    return torch.cat(out)
