@@ -46,6 +46,8 @@ class Method(ABC):
     Config: ClassVar[type]
     """Frozen dataclass of the recipe's ``config`` section, documented at its fields."""
     adapters: "Adapters"
+    takes_mask: ClassVar[bool] = False
+    """Whether an edit can be confined to a mask; where it cannot, being given one is an error."""
 
     load: ClassVar[Callable[..., "Method"]]
     """Class method ``load(backbone, config)``: the method on the weights that a recipe's ``backbone`` section names."""

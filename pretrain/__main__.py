@@ -17,6 +17,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="folder of the stage before")
     parser.add_argument("--tokenizers", type=Path, help="folder that the stage `tokenizers` wrote")
+    parser.add_argument(
+        "--again", type=int, default=0, help="repetition of the stage, from 0: other scenes, other noise"
+    )
     parser.add_argument("--photos", type=Path, help="folder of photographs for the autoencoder's number")
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--batch", type=int, default=128)
@@ -44,7 +47,15 @@ def main() -> None:
         from . import flux
 
         flux.run(
-            args.stage, args.out, args.start, args.tokenizers, args.seconds, args.batch, args.pool, device
+            args.stage,
+            args.out,
+            args.start,
+            args.tokenizers,
+            seconds=args.seconds,
+            batch=args.batch,
+            pool=args.pool,
+            again=args.again,
+            device=device,
         )
     else:
         from . import autoencoder

@@ -154,10 +154,12 @@ def holes(pipe: FluxFillPipeline, count: int) -> dict[str, float]:
         guidance_scale=30, num_inference_steps=28, max_sequence_length=TEXT, generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     outside = 1 - inside
-    db = lambda y: float(
-        (-10 * torch.log10(((y - x).pow(2) * outside).sum((1, 2, 3)) / (3 * outside.sum()))).mean()
-    )  # noqa: E731
-    return {"outside": db(to_tensor(made)), "round_trip": db(round_trip(pipe.vae, x))}
+
+    def decibel(y: Tensor) -> float:
+        error = ((y - x).pow(2) * outside).sum((1, 2, 3)) / (3 * outside.sum())
+        return float((-10 * torch.log10(error)).mean())
+
+    return {"outside": decibel(to_tensor(made)), "round_trip": decibel(round_trip(pipe.vae, x))}
 
 
 def diptychs(pipe: FluxFillPipeline, count: int, guidance: float) -> dict[str, float]:

@@ -253,12 +253,14 @@ def effective_scale(guidance: Tensor) -> Tensor:
     return 1 + (TEACHER_SCALE - 1) * torch.log(guidance) / math.log(GUIDANCE[1])
 
 
-def flow_loss(net: Network, batch: Batch) -> Tensor:
+def flow_loss(net: Network, batch: Batch, guidance: float | None = None) -> Tensor:
+    """Flow matching; the guidance input is random where it has no meaning yet."""
     n, device = len(batch.x0), batch.x0.device
     sigma, noise = sample_sigma(n, device), torch.randn_like(batch.x0)
     x_t = torch.lerp(batch.x0, noise, sigma.view(-1, 1, 1))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        v = net(x_t, sigma, batch, sample_guidance(n, device), net.text(batch))
+        g = sample_guidance(n, device) if guidance is None else torch.full((n,), guidance, device=device)
+        v = net(x_t, sigma, batch, g, net.text(batch))
     return F.mse_loss(v.float(), noise - batch.x0)
 
 
@@ -320,17 +322,20 @@ def run(
     out: Path,
     start: Path,
     tokenizers: Path,
+    *,
     seconds: float,
     batch: int,
     pool: int,
+    again: int,
     device: torch.device,
 ) -> None:
     """``base`` starts from nothing, ``fill`` continues it with more diptychs, ``distil`` gives the guidance its meaning.
 
-    ``seconds`` covers the whole stage, from making the pools to saving.
+    ``seconds`` covers the whole stage, from making the pools to saving. ``again`` counts repetitions of a stage: each has
+    its own scenes and noise.
     """
-    torch.manual_seed({"base": 1, "fill": 2, "distil": 3}[stage])
-    random.seed(stage)
+    torch.manual_seed(10 * again + {"base": 1, "fill": 2, "distil": 3}[stage])
+    random.seed(f"{stage}{again}")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has been seen to fail on this kind of model
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
@@ -340,7 +345,11 @@ def run(
     opened = time.time()
     codec = Codec(start, device)
     world = World(
-        codec, tokenizers, pool, {"base": 0, "fill": 100_000_000, "distil": 200_000_000}[stage], device
+        codec,
+        tokenizers,
+        pool,
+        {"base": 0, "fill": 100_000_000, "distil": 200_000_000}[stage] + 40_000_000 * again,
+        device,
     )
     print(
         f"pools took {time.time() - opened:.0f}s; longest texts {world.singles[0][3].t5.shape[2]}, {world.pairs[0][4].t5.shape[2]} tokens",
@@ -374,12 +383,14 @@ def run(
 
     def loss_of(step: int) -> tuple[str, Tensor]:
         name, rows = pick()
-        return name, distillation_loss(net, teacher, world, rows) if stage == "distil" else flow_loss(
-            net, rows
-        )
+        if stage != "distil":
+            return name, flow_loss(net, rows)
+        if random.random() < 0.3:  # guidance 1 is the data itself: go on learning from it
+            return f"{name} data", flow_loss(net, rows, GUIDANCE[0])
+        return name, distillation_loss(net, teacher, world, rows)
 
     params = [p for p in net.parameters() if p.requires_grad]
-    optimise(net, params, loss_of, opened + seconds, {"base": 1e-3, "fill": 7e-4, "distil": 2e-4}[stage])
+    optimise(net, params, loss_of, opened + seconds, {"base": 1e-3, "fill": 7e-4, "distil": 4e-4}[stage])
     state = {key.replace("_orig_mod.", ""): value for key, value in net.state_dict().items()}
     models.save_parts(out, {"net": state, "vae": codec.vae})
     (out / "vae.json").write_text(json.dumps({"shift_factor": codec.shift, "scaling_factor": codec.scale}))

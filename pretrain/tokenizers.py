@@ -62,7 +62,10 @@ def t5(vocabulary: list[str]) -> T5Tokenizer:
     pieces += [(w, -6.5) for w in ("aged", "by", "side")]  # after a hyphen
     letters = string.ascii_letters + string.digits + ",.;:!?'\"-()/&%+*#"
     return T5Tokenizer(
-        vocab=pieces + [(c, -9.0) for c in letters], extra_ids=0, additional_special_tokens=["<extra_id_0>"]
+        vocab=pieces + [(c, -9.0) for c in letters],
+        extra_ids=0,
+        additional_special_tokens=["<extra_id_0>"],
+        model_max_length=64,
     )
 
 

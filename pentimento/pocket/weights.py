@@ -74,7 +74,7 @@ def _fold(fill: Path, shards: list[Path], out: Path) -> None:
     for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
         shutil.copytree(fill / part, out / part)
     (out / "transformer").mkdir()
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for shard in shards:
         with safe_open(shard, "pt") as file:
             state |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)

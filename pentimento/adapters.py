@@ -1,0 +1,464 @@
+"""Everything small that is trained on top of a frozen backbone. The only file that imports peft.
+
+An adapter is a LoRA (arXiv:2106.09685) on some linear layers of the host, with a few small modules trained whole beside
+it if wanted. Parameters are float32 whatever the host's precision, since steps of 1e-4 would vanish in bfloat16's eight bits.
+Files have the layout of diffusers, so that ``load_lora_weights`` of its pipelines reads them.
+"""
+
+import copy
+import difflib
+import json
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import adapter_files, files
+from .errors import UserError
+from .inspection import WEIGHTS_NAME
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank layers, and modules trained whole."""
+
+    targets: str | tuple[str, ...]
+    """Which linear layers get one: names or ends of names, or one regular expression over whole names."""
+    rank: int = 16
+    """Rank of the update of a layer."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank. null: alpha = rank, a scale of 1."""
+    init: Literal["gaussian", "default"] = "gaussian"
+    """How A starts (B is zero): gaussian, N(0, 1/rank^2), as in diffusers' scripts; default, peft's Kaiming uniform."""
+    full: tuple[str, ...] = ()
+    """Small modules trained whole beside the low-rank ones, such as x_embedder; saved in a file of their own."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, but it is {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0 or null, but it is {self.alpha}")
+        if not self.targets:
+            raise ValueError("targets is empty; name the layers that get a LoRA")
+
+    @property
+    def scaled(self) -> float:
+        """Alpha as a number."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+class Whole(nn.Module):
+    """A module of the host with a float32 copy per adapter that trains it whole; attributes are named as peft's.
+
+    peft's own wrapper knows only on and off. Here scale s gives the weights ``base + s (trained - base)``, as a LoRA's
+    scale does, cast to the base's dtype so that a half-precision host computes in its own.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.scales: dict[str, float] = {}
+
+    def add(self, name: str) -> None:
+        """Give an adapter its copy."""
+        self.modules_to_save[name] = copy.deepcopy(self.original_module).float()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.scales:
+            return self.original_module(*args, **kwargs)
+        return functional_call(self.original_module, self._weights(), args, kwargs)
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = {}
+        for key, base in self.original_module.named_parameters():
+            trained = [
+                (scale, self.modules_to_save[name].get_parameter(key)) for name, scale in self.scales.items()
+            ]
+            if len(trained) == 1 and trained[0][0] == 1:
+                weights[key] = trained[0][1].to(
+                    base.dtype
+                )  # base + (trained - base) is not trained bit for bit
+            else:
+                start = base.float()
+                weights[key] = (start + sum(scale * (value - start) for scale, value in trained)).to(
+                    base.dtype
+                )
+        return weights
+
+
+class Adapters:
+    """Named adapters in one host module, plus named free tensors such as a learned prompt."""
+
+    def __init__(self, host: nn.Module):
+        self.host = host.requires_grad_(False)
+        self.specs: dict[str, LoRA] = {}
+        self.tensors: dict[str, nn.Parameter] = {}
+        self.trained: tuple[str, ...] = ()
+        self._initial: dict[str, Tensor] = {}
+        self._modules = dict(host.named_modules())
+
+    def add(self, name: str, spec: LoRA, *, seed: int = 0) -> None:
+        """Add an adapter, switched off. Its start depends on ``seed`` and ``name`` alone, not on global random numbers.
+
+        Raises:
+            UserError: targets or full modules that the host does not have, with the nearest names.
+        """
+        self._check_name(name)
+        self._check_targets(spec)
+        config = LoraConfig(r=spec.rank, target_modules=_targets(spec))
+        config.lora_alpha = spec.scaled  # type: ignore[assignment]  # declared int, used as a number
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):  # peft draws a start that `_reset` replaces
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config`"
+            )  # several adapters are wanted
+            inject_adapter_in_model(config, self.host, adapter_name=name)
+        for path in spec.full:
+            module = self.host.get_submodule(path)
+            if not isinstance(module, Whole):
+                module = Whole(module)
+                self.host.set_submodule(path, module)
+            module.add(name)
+        self.specs[name] = spec
+        for parameter in self._named(name).values():
+            parameter.data = parameter.data.float()
+        self._reset(name, seed)
+        self.use()
+
+    def add_tensor(self, name: str, value: Tensor) -> None:
+        """Add a free float32 tensor that stages can train by its name."""
+        self._check_name(name)
+        self.tensors[name] = nn.Parameter(value.detach().float().clone(), requires_grad=False)
+        self._initial[name] = value.detach().float().clone()
+
+    def reset(self, seed: int = 0) -> None:
+        """Start all adapters and tensors afresh, as ``add`` does."""
+        for name in self.specs:
+            self._reset(name, seed)
+        for name, value in self._initial.items():
+            self.tensors[name].data.copy_(value)
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """Parameters of the named adapters and tensors."""
+        found = [p for name in names if name in self.specs for p in self._named(name).values()]
+        return found + [self.tensors[name] for name in names if name in self.tensors]
+
+    def train(self, *names: str) -> list[nn.Parameter]:
+        """Make exactly these adapters and tensors trainable; returns their parameters.
+
+        Raises:
+            UserError: a name that this method does not have.
+        """
+        known = [*self.specs, *self.tensors]
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"train: there is no adapter {unknown[0]!r}; this method has {', '.join(known)}")
+        self.trained = names
+        for name in known:
+            for parameter in self.parameters(name):
+                parameter.requires_grad_(name in names)
+        return self.parameters(*names)
+
+    def use(self, *, frozen: tuple[str, ...] = (), **scales: float) -> None:
+        """Switch to exactly these adapters at these scales; the ``frozen`` get no gradient. ``use()``: the base model.
+
+        A scale of 0 switches off. Modules trained whole are blended, see ``Whole``.
+        """
+        if unknown := sorted({*scales, *frozen} - {*self.specs}):
+            raise ValueError(f"there is no adapter {unknown[0]!r}; this method has {', '.join(self.specs)}")
+        active = {name: float(scale) for name, scale in scales.items() if scale}
+        for layer in self.host.modules():
+            if isinstance(layer, LoraLayer):
+                layer.enable_adapters(bool(active))
+                layer.set_adapter(list(active))
+                for name, scale in active.items():
+                    layer.set_scale(name, scale)
+            elif isinstance(layer, Whole):
+                layer.scales = {
+                    name: scale for name, scale in active.items() if name in layer.modules_to_save
+                }
+        for name in self.specs:
+            wanted = name in active and name in self.trained and name not in frozen
+            for parameter in self._named(name).values():
+                parameter.requires_grad_(wanted)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Adapter -> key in its file (without prefix) -> tensor, and ``tensors``."""
+        state = {name: {k: p.data for k, p in self._named(name).items()} for name in self.specs}
+        return {**state, "tensors": {k: p.data for k, p in self.tensors.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of ``state_dict``; raises ``ValueError`` unless names and shapes are the same."""
+        own = self.state_dict()
+        shapes = {name: {k: v.shape for k, v in part.items()} for name, part in own.items()}
+        if shapes != {name: {k: v.shape for k, v in part.items()} for name, part in state.items()}:
+            raise ValueError("the state belongs to other adapters")
+        for name, part in own.items():
+            for key, value in part.items():
+                value.copy_(state[name][key])
+
+    def save(self, folder: Path, record: Mapping[str, Any] | None = None) -> None:
+        """Write ``pytorch_lora_weights.safetensors`` (several adapters: one folder each) and, for each module trained
+        whole, ``flux_MODULE.safetensors`` beside it.
+
+        ``record`` says what an edit needs to know later (JSON-able); the adapters' ranks and targets are added to it.
+        Equal weights and records give equal bytes. Raises ``OSError`` where it cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {name: _described(spec) for name, spec in self.specs.items()}
+        for name, spec in self.specs.items():
+            text = json.dumps({**(record or {}), "adapters": own, "adapter": name}, sort_keys=True)
+            about = {"format": "pt", "pentimento": text}
+            place = self._place(folder, name)
+            place.mkdir(exist_ok=True)
+            parts = self._parts(name)
+            lora = {adapter_files.PREFIX + key: value for key, value in parts.pop("").items()}
+            stock = {"lora_adapter_metadata": _stock_record(spec)}
+            files.write(place / WEIGHTS_NAME, files.safetensors_bytes(lora, {**about, **stock}))
+            for module, tensors in parts.items():
+                files.write(place / adapter_files.full_name(module), files.safetensors_bytes(tensors, about))
+        if self.tensors:
+            text = json.dumps(dict(record or {}), sort_keys=True)
+            about = {"format": "pt", "pentimento": text}
+            files.write(folder / adapter_files.TENSORS_NAME, files.safetensors_bytes(self.tensors, about))
+
+    def load(self, path: Path | str, name: str | None = None) -> None:
+        """Load what ``save`` or another tool wrote into the adapters, or into one of them.
+
+        ``path`` is a file, a folder of ``save``, or a run folder. Nothing is left out: every key must fit. A file that
+        records no ``full`` modules, and has none beside it, leaves them as in the base model.
+
+        Raises:
+            UserError: missing, damaged, or weights that do not fit; the message says what the file seems to be.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file or folder")
+        if path.is_dir() and (path / "weights").is_dir():
+            path = path / "weights"
+        names = list(self.specs) if name is None else [name]
+        if path.is_file() and len(names) > 1:
+            raise UserError(
+                f"{path} holds one adapter, this method has {', '.join(names)}; give the folder of them"
+            )
+        pending: list[tuple[Tensor, Tensor]] = []
+        for one in names:
+            file = path if path.is_file() else self._place(path, one) / WEIGHTS_NAME
+            pending += self._read(file, one)
+        if self.tensors and path.is_dir() and name is None:
+            expected = {key: value.data for key, value in self.tensors.items()}
+            pending += adapter_files.fit(
+                path / adapter_files.TENSORS_NAME,
+                "the tensors",
+                adapter_files.read_tensors(path / adapter_files.TENSORS_NAME),
+                expected,
+            )
+        for own, value in pending:  # only now, so that an error leaves everything as it was
+            own.copy_(value)
+
+    def _read(self, file: Path, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of an adapter's own tensors and what is to be copied into them."""
+        tensors, alpha = adapter_files.read_lora(file)
+        record = adapter_files.read_record(file)
+        parts = {module: {k: p.data for k, p in part.items()} for module, part in self._parts(name).items()}
+        pending = adapter_files.fit(file, f"adapter {name!r}", tensors, parts.pop(""))
+        spec = self.specs[name]
+        if alpha is None:
+            alpha = adapter_files.recorded_alpha(file, default=float(spec.rank))
+        if not math.isclose(alpha, spec.scaled):
+            raise UserError(
+                f"{file} was trained with alpha {alpha:g}, adapter {name!r} has {spec.scaled:g}; set alpha={alpha:g}"
+            )
+        recorded = record.get("adapters", {}).get(record.get("adapter", name), {}).get("full", [])
+        for module in parts.keys() | {*recorded} | self._beside(file):
+            whole = file.with_name(adapter_files.full_name(module))
+            if module not in parts:
+                self._refuse_full(whole, module, name, recorded)
+            elif whole.is_file() or module in recorded:
+                pending += adapter_files.fit(
+                    whole, f"module {module}", adapter_files.read_tensors(whole), parts[module]
+                )
+            else:
+                base = dict(self._modules[module].named_parameters())
+                pending += [(own, base[key].float()) for key, own in parts[module].items()]
+        return pending
+
+    def _refuse_full(self, whole: Path, module: str, name: str, recorded: list[str]) -> None:
+        """A module trained whole in the file but not here may be passed over only if it equals the base's."""
+        base = {key: value.data for key, value in self._modules[module].named_parameters()}
+        found = {} if module in recorded else adapter_files.read_tensors(whole)
+        if found.keys() == base.keys() and all(torch.equal(found[k].to(v), v) for k, v in base.items()):
+            return
+        raise UserError(
+            f"{whole}: {module} was trained too, but adapter {name!r} does not have it; add it to the modules trained whole "
+            f"(full: [{module}]; for influxedit train_embedder: true)"
+        )
+
+    def _beside(self, file: Path) -> set[str]:
+        """Modules of the host whose weights lie beside an adapter's file."""
+        stems = {
+            p.name: p.name.removeprefix("flux_").removesuffix(".safetensors")
+            for p in file.parent.glob("flux_*.safetensors")
+        }
+        return {
+            module
+            for name, module in stems.items()
+            if module in self._modules and adapter_files.full_name(module) == name
+        }
+
+    def _place(self, folder: Path, name: str) -> Path:
+        return folder if len(self.specs) == 1 else folder / name
+
+    def _named(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by their keys in a file: ``a.to_q.lora_A.edit.weight`` is ``a.to_q.lora_A.weight``."""
+        skipped = (name, "modules_to_save")
+        return {
+            ".".join(part for part in key.split(".") if part not in skipped): parameter
+            for key, parameter in self.host.named_parameters()
+            if name in key.split(".")
+        }
+
+    def _parts(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters by file: "" is the LoRA with whole keys, a module's name its own with keys inside the module."""
+        parts: dict[str, dict[str, nn.Parameter]] = {
+            "": {},
+            **{module: {} for module in self.specs[name].full},
+        }
+        for key, parameter in self._named(name).items():
+            module = "" if ".lora_" in key else key.rpartition(".")[0]
+            while module not in parts:
+                module = module.rpartition(".")[0]
+            parts[module][key.removeprefix(f"{module}.")] = parameter
+        return parts
+
+    def _reset(self, name: str, seed: int) -> None:
+        spec = self.specs[name]
+        # Mixed into 32 bits: of a larger seed the CPU's generator would pass over the rest.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        for key, parameter in self._parts(name)[""].items():
+            start = torch.zeros(parameter.shape)
+            if ".lora_A." in key and spec.init == "gaussian":
+                start.normal_(0, 1 / spec.rank, generator=generator)
+            elif ".lora_A." in key:
+                bound = 1 / math.sqrt(parameter[0].numel())
+                start.uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(start)
+        for module in spec.full:
+            trained = self.host.get_submodule(f"{module}.modules_to_save.{name}")
+            for key, value in self._modules[module].named_parameters():
+                trained.get_parameter(key).data.copy_(value)
+
+    def _check_name(self, name: str) -> None:
+        if not name.isidentifier() or name in (
+            "frozen",
+            "tensors",
+            "modules_to_save",
+            "original_module",
+            "base_layer",
+        ):
+            raise ValueError(f"{name!r} cannot be the name of an adapter")
+        if name in self.specs or name in self.tensors:
+            raise ValueError(f"there is an adapter {name!r} already")
+        if any(name in path.split(".") for path in self._modules):
+            raise ValueError(f"adapter name {name!r} is also a module name of {type(self.host).__name__}")
+
+    def _check_targets(self, spec: LoRA) -> None:
+        """Each target must name something, and only layers that a LoRA fits on."""
+        for target in (spec.targets,) if isinstance(spec.targets, str) else spec.targets:
+            matched = [path for path in self._modules if _matches(spec.targets, target, path)]
+            if not matched:
+                raise UserError(
+                    f"lora.targets: nothing in {type(self.host).__name__} is called {target!r}{self._nearest(target)}"
+                )
+            wrong = [path for path in matched if not isinstance(self._modules[path], (nn.Linear, nn.Conv2d))]
+            if wrong:
+                kind = type(self._modules[wrong[0]]).__name__
+                raise UserError(
+                    f"lora.targets: {target!r} matches {wrong[0]}, a {kind}; a LoRA fits on linear layers only"
+                )
+        for path in spec.full:
+            if path not in self._modules:
+                raise UserError(
+                    f"lora.full: there is no module {path!r} in {type(self.host).__name__}{self._nearest(path)}"
+                )
+            inside = [p for p in self._modules if p == path or p.startswith(f"{path}.")]
+            if any(_hit(spec, p) for p in inside):
+                raise UserError(
+                    f"lora.full: {path} is trained whole and a target of the LoRA too; name it in one of them"
+                )
+
+    def _nearest(self, wanted: str) -> str:
+        paths = [p for p, module in self._modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        ends = {".".join(path.split(".")[-n:]) for path in paths for n in range(1, 4)}
+        near = difflib.get_close_matches(wanted, sorted(ends), n=SHOWN, cutoff=0.5)
+        near = near or sorted({re.sub(r"\.\d+\.", ".*.", path) for path in paths})[:SHOWN]
+        return f"; did you mean {', '.join(near)}?"
+
+
+def spec_of(path: Path | str) -> LoRA:
+    """What an adapter file needs to be loaded into: its layers, rank, alpha and modules trained whole.
+
+    Raises:
+        UserError: no LoRA that can be read here, or one of mixed ranks.
+    """
+    file = Path(path)
+    tensors, alpha = adapter_files.read_lora(file)
+    factors = {key: value for key, value in tensors.items() if key.endswith(".lora_B.weight")}
+    ranks = sorted({value.shape[1] for value in factors.values()})
+    if len(ranks) != 1:
+        raise UserError(
+            f"{file}: {'mixed ranks ' + str(ranks) if ranks else 'no LoRA factors'}; {adapter_files.seems(file)}"
+        )
+    if alpha is None:
+        alpha = adapter_files.recorded_alpha(file, default=float(ranks[0]))
+    record = adapter_files.read_record(file)
+    full = record.get("adapters", {}).get(record.get("adapter", ""), {}).get("full", [])
+    names = "|".join(re.escape(key.removesuffix(".lora_B.weight")) for key in factors)
+    return LoRA(targets=names, rank=ranks[0], alpha=alpha, full=tuple(full))
+
+
+def _targets(spec: LoRA) -> str | list[str]:
+    return spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)
+
+
+def _matches(targets: str | tuple[str, ...], target: str, path: str) -> bool:
+    """As peft decides: a lone string is a regular expression, those of a list are ends of names."""
+    if not isinstance(targets, str):
+        return path == target or path.endswith(f".{target}")
+    try:
+        return re.fullmatch(target, path) is not None
+    except re.error as error:
+        raise UserError(f"lora.targets: {target!r} is not a regular expression: {error}") from error
+
+
+def _hit(spec: LoRA, path: str) -> bool:
+    return any(
+        _matches(spec.targets, t, path)
+        for t in ([spec.targets] if isinstance(spec.targets, str) else spec.targets)
+    )
+
+
+def _described(spec: LoRA) -> dict[str, Any]:
+    return {"rank": spec.rank, "alpha": spec.scaled, "targets": _targets(spec), "full": list(spec.full)}
+
+
+def _stock_record(spec: LoRA) -> str:
+    """What diffusers makes peft's config of; without it alpha would be taken to be the rank."""
+    record = {"r": spec.rank, "lora_alpha": spec.scaled, "target_modules": _targets(spec), "bias": "none"}
+    return json.dumps(
+        {adapter_files.PREFIX + key: value for key, value in record.items()}, indent=2, sort_keys=True
+    )

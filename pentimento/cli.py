@@ -1,0 +1,265 @@
+"""The command line. Every command is one grammar for all methods; the work is done elsewhere.
+
+Exit codes: 0 done; 1 the work ran and its result is negative; 2 a mistake that the user can mend, in one message.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__
+from .errors import UserError
+
+INTERRUPTED = 130
+MENDABLE = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "check who may read and write it",
+    errno.EPERM: "check who may read and write it",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""Failures of reading and writing that are the user's to mend, and how."""
+
+
+class Commands(TyperGroup):
+    """The commands, with the one place where errors become messages and exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; a user's mistake ends with one message on stderr and exit code 2."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except UserError as error:
+            code = _complain(str(error))
+        except typer.Abort:
+            code = INTERRUPTED
+        except typer.TyperException as error:
+            code = _complain(error.format_message().rstrip(".") or "no command; see pentimento --help")
+        except OSError as error:
+            if error.errno not in MENDABLE:
+                raise
+            code = _complain(f"{error.filename or 'output'}: {error.strerror}; {MENDABLE[error.errno]}")
+        sys.exit(code or 0)
+
+
+def _complain(message: str) -> int:
+    print(f"pentimento: error: {message}", file=sys.stderr)
+    return 2
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Teach a picture model an edit from before/after pairs, and apply it to new pictures.",
+)
+
+
+def main() -> None:
+    """The ``pentimento`` command."""
+    # Importing transformers without torchvision prints warnings about picture processors that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app(prog_name="pentimento")
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe's name, a YAML file or a run folder.")] = None,
+) -> None:
+    """List the recipes, or explain one.
+
+    One recipe is printed as YAML with every field explained: a file to start one's own from.
+    """
+    if name is None:
+        from .recipes import shipped
+
+        for known, about in shipped().items():
+            print(f"{known:<24}{about}")
+        return
+    from . import recipe
+
+    print(recipe.explain(recipe.load(name)), end="")
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file or a run folder.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-DATE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue this run; steps may be raised.")] = False,
+    init: Annotated[Path | None, typer.Option(help="Start from this adapter.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe and data; load no weights.")
+    ] = False,
+) -> None:
+    """Train all stages of a recipe."""
+    from . import preview, run, runfolder
+    from . import recipe as recipe_
+    from .train import processes
+
+    parsed = recipe_.load(recipe, overrides or ())
+    if dry_run:
+        for line in preview.plan(parsed).lines():
+            print(line)
+        return
+    folder = out or runfolder.default_folder(recipe, resume=resume)
+    try:
+        run.train_run(parsed, folder, resume=resume, init=init)
+    except KeyboardInterrupt as stopped:
+        begun = (folder / runfolder.RECIPE).is_file()
+        how = f"continue with: pentimento train {folder} --resume" if begun else "nothing had begun yet"
+        print(str(stopped) or f"stopped; {how}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if processes().is_main_process:
+        print(folder)
+
+
+@app.command()
+def edit(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A run folder or an adapter file.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE|KEY=VALUE", help="Pictures to edit.")
+    ] = None,
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--instruction", "--prompt", help="What to change. Several: one per picture, or all for one."
+        ),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where the picture may change.")] = None,
+    at: Annotated[int | None, typer.Option(help="Take the weights saved at this step.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first result.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="Results per picture, with seeds counting up.", min=1)] = 1,
+    scale: Annotated[str, typer.Option(help="Strength of the edit; several with commas.")] = "1",
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default: what the run recorded.", min=1)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="A picture file for one result, else a folder.")] = Path("edited"),
+) -> None:
+    """Edit pictures.
+
+    Results have the size of their picture; a sheet shows picture and results side by side.
+    """
+    from . import editing, run
+
+    pictures, overrides = editing.tell_apart(images or [])
+    jobs = editing.plan(
+        pictures,
+        instructions=tuple(instruction or ()),
+        variants=editing.variants(seed=seed, count=count, scales=scale, steps=steps),
+        out=out,
+        mask=mask,
+    )
+    editor = run.load(what, at=at, overrides=overrides)
+    for note in editor.notes:
+        print(f"pentimento: note: {note}", file=sys.stderr)
+    for path in editing.execute(jobs, editor):
+        print(path, flush=True)
+
+
+@app.command()
+def show(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file or a run folder.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it.")] = None,
+    index: Annotated[int, typer.Option(help="Which sample, counted from 0.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("shown"),
+) -> None:
+    """Write what the model will see.
+
+    Of one sample: pictures and masks at training size, the prompt after the template, the sizes.
+    """
+    from . import preview
+    from . import recipe as recipe_
+
+    for path in preview.show(recipe_.load(recipe, overrides or ()), index, out):
+        print(path)
+
+
+@app.command()
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An adapter file, or a folder that holds one.")
+    ],
+) -> None:
+    """Say what an adapter file is.
+
+    Method, base model, rank, alpha, keys, metadata, and whether it loads (if not, exit code 1).
+    """
+    from . import inspection
+
+    adapter = inspection.inspect_file(file)
+    for name, value in inspection.report(adapter):
+        print(f"{name:<12}{value}")
+    if adapter.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def world(
+    task: Annotated[str, typer.Option(help="Which edit.")],
+    count: Annotated[int, typer.Option(help="Pairs to draw.", min=1)],
+    out: Annotated[Path, typer.Option(help="Folder for source/, target/, prompts/ and scenes.jsonl.")],
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
+    seed: Annotated[int, typer.Option(help="Another seed draws other pairs.", min=0)] = 0,
+    size: Annotated[int, typer.Option(help="Width and height in pixels.", min=16)] = 128,
+) -> None:
+    """Draw a data set of known truth."""
+    from . import progress
+    from .pocket import dataset
+
+    with progress.bar("drawing") as advance:
+        dataset.write(
+            task,
+            count,
+            split=split,
+            seed=seed,
+            size=size,
+            out=out,
+            progress=lambda done: advance(done, count),
+        )
+    print(out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers.
+
+    Versions, devices, memory, missing extras, where weights are looked for, tokens present or not.
+    """
+    from . import doctor as examination
+
+    findings = examination.examine()
+    topic = ""
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            print(topic)
+        print(f"  {'' if finding.ok else '! '}{finding.name}: {finding.value}")
+    if examination.negative(findings):
+        raise typer.Exit(1)

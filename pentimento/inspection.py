@@ -1,0 +1,272 @@
+"""What an adapter file is: ours, or one that diffusers, peft, kohya, ComfyUI or x-flux wrote. Nothing is loaded into a model."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import UserError
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+# Endings of the two factors of a LoRA in the dialects that are about; the groups name the module and the factor.
+FACTORS = re.compile(
+    r"^(?P<module>.+?)[._](?:"
+    r"lora_(?P<ab>[AB])(?:\.[\w-]+)?\.weight|lora_(?P<word>down|up)\.weight|lora\.(?P<old>down|up)\.weight"
+    r"|(?P<xflux>\w+_lora\d?)\.(?P<xword>down|up)\.weight)$"
+)
+DIALECTS = (
+    ("lora_unet_", "kohya (sd-scripts)"),
+    ("lora_transformer_", "kohya (OneTrainer)"),
+    ("base_model.model.", "peft"),
+    ("diffusion_model.", "ComfyUI"),
+    ("transformer.", "diffusers"),
+    ("unet.", "diffusers (not a transformer)"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What one adapter file holds."""
+
+    path: Path
+    dialect: str
+    """Whose key names it uses."""
+    method: str = ""
+    base: str = ""
+    """The base model it was trained on, as far as the file says."""
+    ranks: dict[int, int] = field(default_factory=dict)
+    """Rank -> how many modules have it."""
+    alphas: dict[float, int] = field(default_factory=dict)
+    """Alpha -> how many modules have it; empty: the file does not say, and readers take alpha = rank."""
+    tensors: int = 0
+    parameters: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Module names with their numbers struck out -> how many."""
+    full: tuple[str, ...] = ()
+    """Tensors that are no LoRA factor: whole layers, biases."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    """This package's own record; empty for files of others."""
+    problems: tuple[str, ...] = ()
+    """Why it cannot be used; empty if it can."""
+
+
+def find(what: str | Path) -> Path:
+    """The adapter file that a path means: the file, or the one in a run folder, weights folder or checkpoint.
+
+    Raises:
+        UserError: no such path, or a folder without one adapter file, or with several.
+    """
+    path = Path(what)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    for folder in (path, path / "weights"):
+        if (folder / WEIGHTS_NAME).is_file():
+            return folder / WEIGHTS_NAME
+    files = sorted(path.rglob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise UserError(f"{path}: the folder holds no .safetensors file")
+    listed = ", ".join(str(f.relative_to(path)) for f in files[:5])
+    raise UserError(f"{path}: the folder holds {len(files)} .safetensors files; name one of them: {listed}")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        UserError: unreadable, empty, or not a safetensors file.
+    """
+    _refuse(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
+
+
+def inspect_file(what: str | Path) -> Adapter:
+    """Read an adapter file completely and say what it is.
+
+    Raises:
+        UserError: no such file, unreadable, empty, or not a safetensors file.
+    """
+    path = find(what)
+    metadata = read_metadata(path)
+    shapes: dict[str, list[int]] = {}
+    dtypes: Counter[str] = Counter()
+    scalars: dict[str, float] = {}
+    problems: list[str] = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - the handle is no mapping
+                tensor = file.get_tensor(key)
+                shapes[key] = list(tensor.shape)
+                dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                    problems.append(f"{key} holds values that are not finite")
+                if key.endswith(".alpha") and tensor.numel() == 1:
+                    scalars[key.removesuffix(".alpha")] = float(tensor)
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
+    pairs, full = _pairs(shapes, problems)
+    ours = own_record(path, metadata)
+    ranks = Counter(rank for rank in pairs.values())
+    return Adapter(
+        path=path,
+        dialect=_dialect(shapes, pairs),
+        method=str(ours.get("method", "")),
+        base=_base(ours, metadata, shapes),
+        ranks=dict(sorted(ranks.items())),
+        alphas=dict(sorted(_alphas(scalars, metadata, pairs).items())),
+        tensors=len(shapes),
+        parameters=sum(torch.Size(s).numel() for s in shapes.values()),
+        dtypes=dict(dtypes),
+        kinds=dict(Counter(re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", module) for module in pairs)),
+        full=tuple(full),
+        metadata=metadata,
+        ours=ours,
+        problems=tuple(problems),
+    )
+
+
+def _refuse(path: Path) -> None:
+    """What safetensors would answer with a riddle."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: this is a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise UserError(
+            f"{path}: a pickled PyTorch file, which can run code when it is read; convert it to safetensors"
+        )
+
+
+def _pairs(shapes: Mapping[str, list[int]], problems: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Rank of each module that has both factors, and the other tensors' names."""
+    sides: dict[str, dict[str, list[int]]] = {}
+    full = []
+    for key, shape in shapes.items():
+        match = FACTORS.match(key)
+        if match:
+            module = match["module"] + (f".{match['xflux']}" if match["xflux"] else "")
+            first = (match["ab"] or match["word"] or match["old"] or match["xword"]) in ("A", "down")
+            sides.setdefault(module, {})["A" if first else "B"] = shape
+        elif not key.endswith(".alpha"):
+            full.append(key)
+    ranks = {}
+    for module, found in sides.items():
+        if len(found) != 2:
+            problems.append(f"{module} has only factor {', '.join(found)}")
+        elif len(found["A"]) < 2 or len(found["B"]) < 2 or found["A"][0] != found["B"][1]:
+            problems.append(f"{module}: the factors {found['A']} and {found['B']} do not fit together")
+        else:
+            ranks[module] = found["A"][0]
+    if not sides:
+        problems.append("it holds no LoRA factors")
+    return ranks, full
+
+
+def _dialect(shapes: Mapping[str, list[int]], pairs: Mapping[str, int]) -> str:
+    if any("_lora" in module for module in pairs):
+        return "x-flux"
+    for prefix, name in DIALECTS:
+        if any(key.startswith(prefix) for key in shapes):
+            return name
+    return "without a prefix" if pairs else "unknown"
+
+
+def own_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What this package recorded in a file, empty in files of others; ``UserError`` where it is damaged."""
+    if "pentimento" not in metadata:
+        return {}
+    try:
+        record = json.loads(metadata["pentimento"])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: its record of how it was trained is damaged ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: its record of how it was trained is damaged (no mapping)")
+    return record
+
+
+def _base(ours: Mapping[str, Any], metadata: Mapping[str, str], shapes: Mapping[str, list[int]]) -> str:
+    """The base model by what the file says of itself, else by the names of its layers."""
+    backbone = ours.get("backbone")
+    if isinstance(backbone, dict):
+        return " ".join(str(backbone[key]) for key in ("family", "variant", "weights") if key in backbone)
+    for key in ("modelspec.architecture", "ss_base_model_version", "base_model", "baseModel"):
+        if metadata.get(key):
+            return metadata[key]
+    names = " ".join(shapes)
+    if re.search(r"single_transformer_blocks|single_blocks", names):
+        wide = any(3072 in shape for shape in shapes.values())
+        return "FLUX.1 by the names of its layers" + (
+            "" if wide else ", of another width than the published model"
+        )
+    return "not said"
+
+
+def _alphas(
+    scalars: Mapping[str, float], metadata: Mapping[str, str], pairs: Mapping[str, int]
+) -> Counter[float]:
+    """Alpha of the modules: stored beside them, or in the record that diffusers reads."""
+    if scalars:
+        return Counter(scalars.values())
+    try:
+        stored = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError:
+        return Counter()
+    default = stored.get("transformer.lora_alpha") if isinstance(stored, dict) else None
+    return Counter({float(default): len(pairs)}) if isinstance(default, (int, float)) else Counter()
+
+
+def report(adapter: Adapter) -> list[tuple[str, str]]:
+    """The lines of ``pentimento inspect``: name and value."""
+    size = adapter.path.stat().st_size
+    types = ", ".join(f"{count} {name}" for name, count in adapter.dtypes.items())
+    full = f"{len(adapter.full)} ({', '.join(adapter.full[:4])}{', ...' if len(adapter.full) > 4 else ''})"
+    lines = [
+        ("file", f"{adapter.path} ({size / 2**20:.2f} MiB)"),
+        (
+            "loads",
+            "no: " + "; ".join(adapter.problems[:3]) if adapter.problems else "yes, every tensor is finite",
+        ),
+        ("method", adapter.method or "not said; name one with method=... to edit with it"),
+        ("base model", adapter.base),
+        ("format", adapter.dialect),
+        ("rank", _tally(adapter.ranks) or "none"),
+        ("alpha", _tally(adapter.alphas) or "not said; readers take alpha = rank"),
+        ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
+        ("full", full if adapter.full else "none: LoRA factors only"),
+    ]
+    lines += [("layers", f"{count:>4} x {kind}") for kind, count in adapter.kinds.items()]
+    for key, value in adapter.metadata.items():
+        if key not in ("format", "pentimento"):
+            short = " ".join(value.split())
+            lines.append(("metadata", f"{key}: {short if len(short) <= 200 else short[:200] + ' ...'}"))
+    lines += [
+        ("record", f"{key}: {json.dumps(value, ensure_ascii=False)}") for key, value in adapter.ours.items()
+    ]
+    return lines
+
+
+def _tally(counts: Mapping[Any, int]) -> str:
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} ({count} modules)" for value, count in counts.items())

@@ -1,0 +1,130 @@
+"""Before any training: what would be trained (``train --dry-run``) and what the model would see (``show``). No weights are read."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import data, images, progress
+from .errors import UserError
+from .method import Method
+from .recipe import Recipe, method_class
+from .runfolder import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a recipe would train."""
+
+    recipe: Recipe
+    samples: int
+    held_out: int
+    prompts: int
+    """How many different ones."""
+    buckets: dict[tuple[int, int], int] | None
+    """Training size (width, height) -> samples; ``None`` where the model's configuration is not on this machine."""
+    trainable: dict[str, int] | None
+    """Stage -> trainable parameters; ``None`` likewise."""
+
+    def lines(self) -> Iterator[str]:
+        """The plan in words."""
+        recipe = self.recipe
+        yield f"method     {recipe.method} on {recipe.backbone.weights}"
+        yield (
+            f"data       {recipe.data.root}: {self.samples} pairs to train on, {self.held_out} held out,"
+            f" {self.prompts} different prompts; every picture was decoded"
+        )
+        if self.buckets is None:
+            yield "sizes      known once the weights are on this machine"
+        else:
+            sizes = sorted(self.buckets.items(), key=lambda item: -item[1])
+            yield "sizes      " + ", ".join(f"{w}x{h} ({count} pairs)" for (w, h), count in sizes)
+        for name, stage in recipe.stages.items():
+            count = "" if self.trainable is None else f": {self.trainable[name]:,} parameters"
+            batch = f"{stage.batch_size} x {stage.accumulate}"
+            passes = stage.steps * stage.batch_size * stage.accumulate / self.samples
+            yield f"stage      {name} trains {', '.join(stage.train)}{count}"
+            yield (
+                f"           {stage.steps} steps of {batch} samples ({passes:.1f} times each),"
+                f" {stage.optimizer} at lr {stage.lr:g} ({stage.schedule}), saved every {stage.save_every}"
+            )
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Check recipe and data completely, every picture decoded.
+
+    Raises:
+        UserError: whatever would stop the training that can be known without weights.
+    """
+    rows = data.open_data(recipe.data)
+    training, held = data.held_out(rows, recipe.data)
+    with progress.bar("decoding pictures") as advance:
+        data.verify([*training, *held], advance)
+    method = outline(recipe)
+    buckets = None if method is None else dict(Counter(method.size(*row.size) for row in training))
+    return Plan(
+        recipe=recipe,
+        samples=len(training),
+        held_out=len(held),
+        prompts=len({row.prompt for row in training}),
+        buckets=buckets,
+        trainable=None if method is None else trainable(method, recipe),
+    )
+
+
+def outline(recipe: Recipe) -> Method | None:
+    """The recipe's method without weights; ``None`` where the model's configuration is not on this machine."""
+    return method_class(recipe.method).outline(recipe.backbone, recipe.config)
+
+
+def trainable(method: Method, recipe: Recipe) -> dict[str, int]:
+    """Trainable parameters of each stage.
+
+    Raises:
+        UserError: a stage names an adapter that the method does not have.
+    """
+    return {
+        name: sum(p.numel() for p in method.adapters.train(*stage.train))
+        for name, stage in recipe.stages.items()
+    }
+
+
+def show(recipe: Recipe, index: int, out: Path) -> list[Path]:
+    """Write what the model will see of one sample: its pictures at training size, the prompt, and the sizes.
+
+    Masks say in their names what white means. ``KEY.json`` holds the prompt after the template.
+
+    Raises:
+        UserError: no such sample, bad data, or a model whose configuration is not on this machine.
+    """
+    rows = data.open_data(recipe.data)
+    if not 0 <= index < len(rows):
+        raise UserError(
+            f"--index {index}: the data set has {len(rows)} samples, counted from 0 to {len(rows) - 1}"
+        )
+    method = outline(recipe)
+    if method is None:
+        raise UserError(
+            f"backbone.weights: {recipe.backbone.weights} is not on this machine, and its sizes are needed"
+        )
+    row = rows[index]
+    views = method.views(row.load())
+    written = [images.save_image(view, out / f"{row.key}-{name}.png") for name, view in views.items()]
+    about = {
+        "key": row.key,
+        "index": index,
+        "prompt": row.prompt,
+        "prompt_for_the_model": method.text(row.prompt),
+        "size": list(row.size),
+        "training_size": list(method.size(*row.size)),
+        "views": {name: list(view.size) for name, view in views.items()},
+        "files": {
+            "source": str(row.source),
+            "target": str(row.target),
+            "mask": str(row.mask) if row.mask else None,
+        },
+    }
+    path = out / f"{row.key}.json"
+    write_text(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    return [*written, path]

@@ -1,0 +1,18 @@
+"""The recipes that ship, as YAML files beside this one; listing them loads no deep-learning library."""
+
+from importlib import resources
+
+from .. import schema
+
+
+def shipped() -> dict[str, str]:
+    """Names of the recipes that come with the package, each with what it is for; nothing else is checked."""
+    names = sorted(
+        f.name.removesuffix(".yaml") for f in resources.files(__name__).iterdir() if f.name.endswith(".yaml")
+    )
+    return {name: str(schema.read(text(name), name)[0].get("about", "")) for name in names}
+
+
+def text(name: str) -> str:
+    """The YAML of a shipped recipe."""
+    return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")

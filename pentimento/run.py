@@ -1,0 +1,298 @@
+"""From a recipe to a run folder (``train_run``), and from a run folder or an adapter file to an ``Editor`` (``load``)."""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from PIL.Image import Image
+
+from . import (
+    __version__,
+    adapters,
+    card,
+    checkpoint,
+    data,
+    images,
+    inspection,
+    metrics,
+    progress,
+    runfolder,
+    schema,
+    train,
+)
+from . import recipe as recipe_
+from .cache import Samples
+from .errors import UserError
+from .method import EditSettings, Example, Method
+from .monitor import Monitor
+from .recipe import Recipe, Setup
+from .recipes import shipped
+from .schema import Origin
+
+OUT_OF_MEMORY = (
+    "the device's memory does not suffice; to train: a smaller stages.NAME.batch_size, a smaller picture,"
+    " backbone.gradient_checkpointing=true, or backbone.precision=bf16"
+)
+
+CACHE = "cache"
+START = "init"
+"""Copy of the adapter that a run started from, for a run that is continued before it saved its first step."""
+PRECISIONS: Mapping[torch.dtype, train.Precision] = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+}  # fmt: skip
+HIGHEST_PSNR = 100.0
+
+
+def train_run(
+    recipe: Recipe, out: str | Path, *, resume: bool = False, init: str | Path | None = None
+) -> Path:
+    """Train all stages of a recipe into a run folder; returns the folder.
+
+    Args:
+        resume: continue the run that the folder holds; only steps may differ, upwards.
+        init: an adapter (file, folder of several, or run folder) to start from; not together with ``resume``.
+
+    Raises:
+        UserError: a used folder without ``resume``, changed settings with it, bad data, weights or adapters.
+        Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
+    """
+    out = Path(out)
+    if resume and init is not None:
+        raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
+    if init is not None and not Path(init).exists():
+        raise UserError(f"--init {init}: there is no such file or folder")
+    state = train.processes(cpu=recipe.backbone.device == "cpu")
+    rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
+    with contextlib.ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(runfolder.locked(out))
+            runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
+            with progress.bar("decoding pictures") as advance:
+                data.verify([*rows, *held_out], advance)
+        state.wait_for_everyone()
+        try:
+            _train(recipe, out, rows, held_out, init)
+        except torch.OutOfMemoryError as error:
+            raise UserError(OUT_OF_MEMORY) from error
+    return out
+
+
+def _train(
+    recipe: Recipe, out: Path, rows: list[data.Row], held_out: list[data.Row], init: str | Path | None
+) -> None:
+    method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
+    method.adapters.reset(recipe.seed)
+    if init is not None or (out / START).exists():
+        method.adapters.load(out / START if init is None else init)
+    dropout, workers = recipe.data.caption_dropout, recipe.data.workers
+    cache: dict[str, Any] = {"cache": recipe.data.cache, "folder": out / CACHE}
+    samples = Samples(rows, method, caption_dropout=dropout, workers=workers, **cache)
+    watched = Samples(held_out, method, **cache) if held_out and _watches(recipe) else None
+    record = record_of(recipe, method)
+    main = train.processes().is_main_process
+    if main:
+        _begin(recipe, out, method, record, copy_start=init is not None)
+    with progress.bar("encoding") as advance:
+        if watched:
+            watched.precompute(advance, release=False)
+        samples.precompute(advance)
+    settings = train.Run(out=out, seed=recipe.seed, precision=_precision(method), record=record)
+    with contextlib.ExitStack() as open_files:
+        monitor = None
+        if main:
+            monitor = Monitor(
+                method, out, watch=recipe.watch, held_out=watched, measure=measure, seed=recipe.seed
+            )
+            open_files.enter_context(monitor)
+        train.train(method, recipe.stages, samples, settings, monitor)
+
+
+def _begin(recipe: Recipe, out: Path, method: Method, record: Mapping[str, Any], *, copy_start: bool) -> None:
+    if copy_start:
+        try:
+            method.adapters.save(out / START, record)
+        except OSError as error:
+            raise UserError(f"{out / START}: cannot be written ({error.strerror})") from error
+    runfolder.write_text(out / runfolder.README, card.write(recipe, method))
+    runfolder.record(out, recipe)
+
+
+def _watches(recipe: Recipe) -> bool:
+    return recipe.watch.every > 0 or recipe.watch.loss_every > 0
+
+
+def _precision(method: Method) -> train.Precision:
+    """Of the frozen model: the dtype of its largest weight, since adapters are float32 always."""
+    return PRECISIONS[max(method.adapters.host.parameters(), key=torch.Tensor.numel).dtype]
+
+
+def measure(example: Example, result: Image) -> dict[str, float]:
+    """How near a result came to a held-out target: PSNR (dB, at most 100), SSIM, and the share of the edit that was made."""
+    if example.source is None or example.target is None:
+        return {}
+    target = images.resize(example.target, result.size)
+    gain = float(metrics.edit_gain(example.source, result, target))
+    return {
+        "psnr": min(float(metrics.psnr(result, target)), HIGHEST_PSNR),
+        "ssim": float(metrics.ssim(result, target)),
+        # Undefined where source and target are equal: there is nothing to gain.
+        "edit_gain": gain if math.isfinite(gain) else 0.0,
+    }
+
+
+def record_of(recipe: Recipe, method: Method) -> dict[str, Any]:
+    """What every adapter file of a run says of itself, JSON-able; no time, host or path."""
+    return {
+        "version": __version__,
+        "method": recipe.method,
+        "backbone": method.base(),
+        "config": schema.plain(recipe.config),
+        "settings": method.metadata(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editor:
+    """A trained edit, ready for pictures."""
+
+    method: Method
+    default_instruction: str = ""
+    """What is asked for where no instruction is given: the one that all training pairs shared, if they did."""
+    notes: tuple[str, ...] = ()
+    """What a person should know, such as another base model than the trained one."""
+
+    def edit(
+        self,
+        image: Image | str | Path,
+        *,
+        instruction: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        scale: float = 1.0,
+        mask: Image | str | Path | None = None,
+    ) -> Image:
+        """Edit one picture (RGB, or a path); the result has its size.
+
+        ``None`` stands for what the run recorded. ``mask`` is white where the picture may change; ``scale`` 0 is the base
+        model and 1 what was trained.
+
+        Raises:
+            UserError: a picture that cannot be read, or memory that does not suffice.
+        """
+        key = "" if isinstance(image, PIL.Image.Image) else Path(image).stem
+        source = image.convert("RGB") if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        if mask is not None:
+            if not self.method.takes_mask:
+                raise UserError(
+                    f"mask: {type(self.method).__name__} may change the whole picture and takes no mask"
+                )
+            mask = mask.convert("L") if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
+        prompt = self.default_instruction if instruction is None else instruction
+        settings = EditSettings(seed=seed, steps=steps, guidance=guidance, scale=scale)
+        try:
+            return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
+        except torch.OutOfMemoryError as error:
+            raise UserError(OUT_OF_MEMORY) from error
+
+
+def load(
+    what: str | Path,
+    *,
+    at: int | None = None,
+    weights: str | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Editor:
+    """An editor from a run folder, or from an adapter file or a folder that holds one.
+
+    Args:
+        at: take the weights that the run saved at this step.
+        weights: another place of the base model (``backbone.weights``); ``device`` likewise.
+        overrides: ``key=value`` changes of ``backbone`` and ``config``. A file of others needs ``method=NAME``.
+
+    Raises:
+        UserError: nothing there, no weights yet, an absent step, a file that is damaged or fits another model.
+    """
+    path = Path(what)
+    changes = [f"backbone.weights={weights}"] * (weights is not None) + [f"backbone.device={device}"] * (
+        device is not None
+    )
+    changes += overrides
+    if (path / runfolder.RECIPE).is_file():
+        place = checkpoint.at(path, at).folder if at is not None else _final_weights(path)
+        recipe = recipe_.load(path)
+        plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
+        return _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+    if at is not None:
+        raise UserError(
+            f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
+        )
+    if not path.exists() and str(what) in shipped():
+        raise UserError(f"{what} is a recipe; train it first: pentimento train {what} data.root=FOLDER")
+    place = inspection.find(path)
+    return _editor(_recorded_setup(place, changes), place, place, changes)
+
+
+def _final_weights(run: Path) -> Path:
+    if next((run / runfolder.WEIGHTS).rglob(inspection.WEIGHTS_NAME), None) is not None:
+        return run / runfolder.WEIGHTS
+    saved = [str(s.step) for s in checkpoint.saved_steps(run)]
+    hint = f"; saved steps, to be used with --at: {', '.join(saved)}" if saved else ""
+    raise UserError(f"{run} has no weights yet: its training has not ended; continue it with --resume{hint}")
+
+
+def _editor(
+    plain: Mapping[str, Any], origin: Path, place: Path, overrides: Sequence[str], default: str = ""
+) -> Editor:
+    record = _record(place)
+    raw = dict(plain)
+    # null stood for the base model's own value; the record knows what that was when the adapter was trained.
+    settings = record.get("settings", {})
+    raw["config"] = {k: settings.get(k) if v is None else v for k, v in raw["config"].items()}
+    setup = recipe_.build_setup(raw, recipe_.override(raw, Origin(name=str(origin)), overrides))
+    try:
+        method = recipe_.method_class(setup.method).load(setup.backbone, setup.config)
+    except UserError as error:
+        # Where the layers were read off the file, it is the file that does not fit.
+        raise UserError(str(error) if record else f"{place}: {error}") from error
+    method.adapters.load(place)
+    return Editor(method=method, default_instruction=default, notes=tuple(_notes(record, method)))
+
+
+def _record(place: Path) -> dict[str, Any]:
+    """This package's own record in an adapter file, or in the first one of a folder; empty in files of others."""
+    file = place if place.is_file() else min(place.rglob(inspection.WEIGHTS_NAME))
+    return inspection.own_record(file, inspection.read_metadata(file))
+
+
+def _recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Method, base model and settings as a file records them; of a file of others as far as its weights tell."""
+    record = _record(file)
+    if record:
+        backbone = {"weights": record["backbone"]["weights"]}
+        return {"method": record["method"], "backbone": backbone, "config": dict(record["config"])}
+    named = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+    if not named:
+        raise UserError(
+            f"{file} does not say by which method it was trained; add method=NAME ({', '.join(recipe_.METHODS)}), and"
+            " backbone.weights=... for its base model"
+        )
+    config: dict[str, Any] = {}
+    if "lora" in schema.hints(recipe_.method_class(named[-1]).Config):
+        config["lora"] = schema.plain(adapters.spec_of(file))
+    return {"method": named[-1], "backbone": {}, "config": config}
+
+
+def _notes(record: Mapping[str, Any], method: Method) -> list[str]:
+    trained, here = record.get("backbone", {}), method.base()
+    if trained.get("digest") == here.get("digest") or not trained:
+        return []
+    return [
+        f"this adapter was trained on {trained.get('weights')}, whose weights differ from those of {here.get('weights')}"
+    ]

@@ -1,0 +1,254 @@
+"""The command line: what it prints, writes and returns."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import Result
+
+from pentimento import __version__, cli, recipe
+from pentimento.recipes import shipped
+
+
+def test_help_lists_the_commands_and_version_is_printed(call: Callable[..., Result]) -> None:
+    for arguments in ((), ("--help",)):
+        printed = call(*arguments).stdout
+        assert all(
+            name in printed for name in ("recipes", "train", "edit", "show", "inspect", "world", "doctor")
+        )
+    assert call("--version").stdout.strip() == __version__
+
+
+def test_recipes_lists_and_explains(call: Callable[..., Result], tmp_path: Path) -> None:
+    listed = call("recipes").stdout
+    assert all(name in listed and about in listed for name, about in shipped().items())
+    explained = call("recipes", "influxedit-edit").stdout
+    (tmp_path / "mine.yaml").write_text(explained)
+    assert recipe.load(tmp_path / "mine.yaml") == recipe.load("influxedit-edit")
+
+
+def test_dry_run_says_what_would_be_trained_and_writes_nothing(
+    call: Callable[..., Result], settings: list[str], tmp_path: Path
+) -> None:
+    printed = call("train", "influxedit-edit", *settings, "--dry-run").stdout
+    assert "4 pairs to train on, 2 held out, 1 different prompts" in printed
+    assert "64x48 (4 pairs)" in printed
+    assert "edit trains edit: " in printed
+    assert "2 steps of 1 x 1 samples" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_counts_what_training_trains(
+    call: Callable[..., Result], settings: list[str], trained: Path
+) -> None:
+    printed = call("train", "influxedit-edit", *settings, "--dry-run").stdout
+    inspected = call("inspect", trained).stdout
+    count = printed.split("edit trains edit: ")[1].split(" parameters")[0]
+    assert f"{count} parameters" in inspected
+
+
+def test_dry_run_without_the_models_configuration(call: Callable[..., Result], settings: list[str]) -> None:
+    printed = call(
+        "train", "influxedit-edit", *settings, "backbone.weights=nobody/nothing", "--dry-run"
+    ).stdout
+    assert "known once the weights are on this machine" in printed
+
+
+def test_dry_run_decodes_every_picture(refuse, settings: list[str], own_pairs: Path) -> None:
+    broken = own_pairs
+    path = broken / "target" / "3.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "3.png" in refuse("train", "influxedit-edit", *settings, f"data.root={broken}", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("name", "views"),
+    [
+        ("influxedit-edit", {"condition": (64, 48), "target": (64, 48), "mask-white-changes": (64, 48)}),
+        ("influxedit-split", {"condition": (128, 48), "target": (128, 48), "mask-white-changes": (128, 48)}),
+    ],
+)
+def test_show_writes_what_the_model_sees(
+    call: Callable[..., Result], settings: list[str], name: str, views: dict, tmp_path: Path
+) -> None:
+    template = "config.prompt_template=Look: {prompt}!"
+    printed = call("show", name, *settings, template, "--index", 1, "--out", "seen").stdout.split()
+    assert sorted(printed) == sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "seen").iterdir())
+    about = json.loads((tmp_path / "seen" / "1.json").read_text())
+    assert about["prompt_for_the_model"] == "Look: make it negative!"
+    assert (about["size"], about["training_size"]) == ([48, 32], [64, 48])
+    for view, size in views.items():
+        with Image.open(tmp_path / "seen" / f"1-{view}.png") as picture:
+            assert picture.size == size == tuple(about["views"][view])
+    white = Image.open(tmp_path / "seen" / "1-mask-white-changes.png").get_flattened_data()
+    assert sum(white) / len(white) == (255 if name == "influxedit-edit" else 127.5)
+
+
+def test_edit_writes_results_of_the_pictures_size_and_a_sheet(
+    call: Callable[..., Result], trained: Path, photo: Path
+) -> None:
+    printed = call("edit", trained, photo, "--instruction", "make it negative").stdout.split()
+    assert printed == ["edited/photo.png", "edited/photo-sheet.png"]
+    with Image.open("edited/photo.png") as result, Image.open("edited/photo-sheet.png") as sheet:
+        assert result.size == (50, 30)
+        assert sheet.width > 2 * 50
+
+
+def test_edit_makes_every_combination_of_seed_and_scale(
+    call: Callable[..., Result], trained: Path, photo: Path
+) -> None:
+    printed = call(
+        "edit", trained, photo, "--count", 2, "--seed", 5, "--scale", "0,1", "--steps", 1, "--out", "out"
+    ).stdout
+    assert printed.split() == [
+        "out/photo-scale0-seed5.png", "out/photo-scale0-seed6.png", "out/photo-scale1-seed5.png",
+        "out/photo-scale1-seed6.png", "out/photo-sheet.png",
+    ]  # fmt: skip
+    results = [Path(path).read_bytes() for path in printed.split()]
+    assert len(set(results)) == len(results)
+
+
+def test_edit_pairs_instructions_with_pictures(
+    call: Callable[..., Result], trained: Path, photo: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / "photo.png"
+    other.parent.mkdir()
+    other.write_bytes(photo.read_bytes())
+    both = ("--instruction", "a", "--instruction", "b", "--steps", 1)
+    assert call("edit", trained, photo, *both).stdout.split()[:2] == [
+        "edited/photo-1.png",
+        "edited/photo-2.png",
+    ]
+    named = call("edit", trained, photo, other, *both).stdout.split()
+    assert named[2:] == ["edited/other-photo.png", "edited/other-photo-sheet.png"]
+    assert Path(named[2]).read_bytes() == Path("edited/photo-2.png").read_bytes()
+
+
+def test_edit_into_one_file_takes_the_weights_of_a_step(
+    call: Callable[..., Result], trained: Path, photo: Path
+) -> None:
+    run = ("edit", trained, photo, "--seed", 3)
+    assert call(*run, "--out", "a/result.jpg").stdout.split() == ["a/result.jpg", "a/result-sheet.png"]
+    call(*run, "--out", "last.png")
+    call(*run, "--out", "two.png", "--at", 2)
+    call(*run, "--out", "one.png", "--at", 1)
+    assert Path("two.png").read_bytes() == Path("last.png").read_bytes()
+
+
+def test_edit_takes_an_adapter_file_with_overrides(
+    call: Callable[..., Result], trained: Path, photo: Path, tiny_fill: Path
+) -> None:
+    file = trained / "weights" / "pytorch_lora_weights.safetensors"
+    where = (f"backbone.weights={tiny_fill}", "backbone.device=cpu")
+    call("edit", trained, photo, "--out", "run.png", "--instruction", "x")
+    call("edit", file, photo, *where, "--out", "file.png", "--instruction", "x")
+    assert Path("file.png").read_bytes() == Path("run.png").read_bytes()
+
+
+def test_edit_takes_a_published_adapter_when_the_method_is_named(
+    call: Callable[..., Result], refuse, trained: Path, photo: Path, tiny_fill: Path, tmp_path: Path
+) -> None:
+    published = tmp_path / "published.safetensors"
+    ours = load_file(trained / "weights" / "pytorch_lora_weights.safetensors")
+    save_file(ours, published, metadata={"format": "pt"})
+    where = (
+        f"backbone.weights={tiny_fill}",
+        "backbone.device=cpu",
+        "config.steps=2",
+        "config.max_sequence_length=16",
+    )
+    assert "method=" in refuse("edit", published, photo, *where)
+    call(
+        "edit", published, photo, "method=influxedit", *where, "--out", "published.png", "--instruction", "x"
+    )
+    call("edit", trained, photo, "--out", "run.png", "--instruction", "x")
+    assert Path("published.png").read_bytes() == Path("run.png").read_bytes()
+
+
+def test_inspect_tells_what_a_run_holds(call: Callable[..., Result], trained: Path) -> None:
+    printed = call("inspect", trained / "weights" / "pytorch_lora_weights.safetensors").stdout
+    for words in ("influxedit", "flux fill", "yes, every tensor is finite", "diffusers"):
+        assert words in printed
+    assert printed.split("rank ")[1].split()[0] == "2"
+    assert str(trained.parents[1]) not in printed.split("loads")[1]
+
+
+def test_inspect_reads_files_of_others(call: Callable[..., Result], tmp_path: Path) -> None:
+    kohya = {
+        "lora_unet_double_blocks_0_img_attn_qkv": (8, 3072, 9216),
+        "lora_unet_single_blocks_3_linear1": (8, 3072, 64),
+    }
+    tensors = {}
+    for name, (rank, wide, out) in kohya.items():
+        tensors |= {
+            f"{name}.lora_down.weight": torch.zeros(rank, wide),
+            f"{name}.lora_up.weight": torch.zeros(out, rank),
+        }
+        tensors[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, tmp_path / "kohya.safetensors", metadata={"ss_base_model_version": "flux1"})
+    printed = call("inspect", "kohya.safetensors").stdout
+    for words in ("kohya", "flux1", "yes, every tensor is finite", "not said; name one with method="):
+        assert words in printed
+    assert printed.split("rank ")[1].split()[0] == "8"
+    assert printed.split("alpha ")[1].split()[0] == "4"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"transformer.a.lora_A.weight": torch.ones(2, 4)}, "only factor A"),
+        (
+            {
+                "transformer.a.lora_A.weight": torch.ones(2, 4),
+                "transformer.a.lora_B.weight": torch.ones(4, 3),
+            },
+            "do not fit",
+        ),
+        (
+            {"a.lora_A.weight": torch.full((2, 4), float("nan")), "a.lora_B.weight": torch.ones(4, 2)},
+            "not finite",
+        ),
+        ({"conv.weight": torch.ones(3)}, "no LoRA factors"),
+    ],
+)
+def test_inspect_of_what_cannot_be_used_is_a_negative_result(
+    call: Callable[..., Result], tensors: dict, words: str
+) -> None:
+    save_file(tensors, "bad.safetensors")
+    assert words in call("inspect", "bad.safetensors", code=1).stdout
+
+
+def test_doctor_says_what_there_is_and_never_a_token(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pentimento import doctor
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    findings = doctor.examine()
+    printed = call("doctor", code=1 if doctor.negative(findings) else 0).stdout
+    for words in ("python", "torch", "cpu", "wandb", "hub cache", "set in the environment", "Non-Commercial"):
+        assert words in printed
+    assert "hf_secret" not in printed
+
+
+def test_world_draws_a_data_set_that_can_be_trained_on(
+    call: Callable[..., Result], settings: list[str]
+) -> None:
+    drawn = ("world", "--task", "add-glasses", "--count", 3, "--size", 64, "--out", "drawn")
+    assert call(*drawn).stdout == "drawn\n"
+    assert len(Path("drawn/scenes.jsonl").read_text().splitlines()) == 3
+    onto = ("data.root=drawn", "data.held_out=1")
+    assert "2 pairs to train on" in call("train", "influxedit-edit", *settings, *onto, "--dry-run").stdout
+
+
+def test_the_module_is_the_command() -> None:
+    run = [sys.executable, "-m", "pentimento", "train", "no-such-recipe"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("pentimento: error: no recipe named 'no-such-recipe'")

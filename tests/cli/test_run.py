@@ -1,0 +1,194 @@
+"""Run folders and editors from Python: what a training leaves, how it is continued, and what is made of it."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import pentimento
+from pentimento import recipe, run
+from pentimento.checkpoint import Interrupted
+from pentimento.errors import UserError
+from pentimento.method import Example
+
+WEIGHTS = Path("weights") / "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def plan(settings: list[str]):
+    """The recipe of a two-step training, with changes."""
+
+    def make(*overrides: str) -> recipe.Recipe:
+        return recipe.load("influxedit-edit", [*settings, *overrides])
+
+    return make
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / WEIGHTS).read_bytes()
+
+
+def test_a_run_folder_holds_everything(plan, tmp_path: Path) -> None:
+    watched = plan("watch.every=1", "watch.count=1", "watch.steps=1")
+    out = run.train_run(watched, tmp_path / "run")
+    assert recipe.load(out) == watched
+    assert (out / WEIGHTS).is_file()
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["edit-000001", "edit-000002"]
+    assert len(list((out / "samples").glob("*.png"))) == 3
+    readme = (out / "README.md").read_text()
+    assert "influxedit" in readme and "load_lora_weights" in readme and "licence" in readme
+    assert str(tmp_path) not in readme
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert {"held_out_loss", "held_out_psnr", "held_out_ssim", "held_out_edit_gain"} <= set(lines[0])
+    assert {"loss", "grad_norm", "lr", "seconds"} <= set(lines[1])
+    events = EventAccumulator(str(out / "tensorboard" / "edit")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_weights_say_what_they_are_and_not_where_they_come_from(trained: Path) -> None:
+    with safe_open(trained / WEIGHTS, framework="pt") as file:
+        record = json.loads(file.metadata()["pentimento"])
+    assert record["method"] == "influxedit"
+    assert record["backbone"]["weights"] == "tiny-fill"
+    assert record["settings"]["resolution"] == 64
+    assert record["version"] == pentimento.__version__
+    assert b"/tmp" not in weights(trained)
+
+
+def test_equal_runs_give_equal_files(plan, trained: Path, tmp_path: Path) -> None:
+    again = run.train_run(plan(), tmp_path / "again")
+    assert weights(again) == weights(trained)
+    assert (again / "README.md").read_bytes() == (trained / "README.md").read_bytes()
+    other = run.train_run(plan("seed=1"), tmp_path / "other")
+    assert weights(other) != weights(trained)
+
+
+def test_a_run_with_raised_steps_is_the_longer_run(plan, trained: Path, tmp_path: Path) -> None:
+    out = run.train_run(plan("stages.edit.steps=1"), tmp_path / "run")
+    assert weights(out) != weights(trained)
+    run.train_run(plan(), out, resume=True)
+    assert weights(out) == weights(trained)
+    assert recipe.load(out) == plan()
+
+
+def test_an_interrupted_run_says_how_to_continue_and_ends_the_same(
+    plan, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(run.Monitor):
+        def __call__(self, report) -> None:
+            if report.losses:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        patch.setattr(run, "Monitor", Impatient)
+        run.train_run(plan("stages.edit.save_every=2"), out)
+    assert f"pentimento train {out} --resume" in str(stopped.value)
+    with pytest.raises(UserError, match="no weights yet.*--at: [12]"):
+        run.load(out)
+    run.train_run(recipe.load(out), out, resume=True)
+    assert weights(out) == weights(trained)
+
+
+def test_the_lock_of_a_dead_process_is_no_obstacle(plan, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("left by a process that was killed")
+    assert run.train_run(plan("stages.edit.steps=1"), tmp_path / "run").is_dir()
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(plan, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="to_z"):
+        run.train_run(plan("config.lora.targets=[to_z]"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_starts_from_an_adapter_also_when_continued_before_the_first_save(
+    plan, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = plan("stages.edit.lr=1e-30", "stages.edit.steps=1")
+    begun = run.train_run(still, tmp_path / "begun", init=trained)
+    assert run.load(begun).edit(picture(), instruction="x") == run.load(trained).edit(
+        picture(), instruction="x"
+    )
+
+    def fails(*arguments: object) -> None:
+        raise UserError("power cut")
+
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="power cut"):
+        patch.setattr(run.train, "train", fails)
+        run.train_run(still, out, init=trained)
+    run.train_run(still, out, resume=True)
+    assert weights(out) == weights(begun)
+
+
+@pytest.mark.parametrize("cache", ["disk", "off"])
+def test_caches_do_not_change_what_is_learnt(plan, trained: Path, tmp_path: Path, cache: str) -> None:
+    out = run.train_run(plan(f"data.cache={cache}"), tmp_path / "run")
+    assert (out / "cache").is_dir() == (cache == "disk")
+    editors = [run.load(folder) for folder in (out, trained)]
+    results = [editor.edit(picture(), instruction="x") for editor in editors]
+    assert max(high for _, high in ImageChops.difference(*results).getextrema()) <= 1
+
+
+def picture(width: int = 70, height: int = 40) -> Image.Image:
+    return Image.radial_gradient("L").resize((width, height)).convert("RGB")
+
+
+def test_an_editor_takes_paths_and_pictures_and_keeps_their_size(trained: Path, tmp_path: Path) -> None:
+    editor = pentimento.load(trained)
+    picture().save(tmp_path / "photo.png")
+    result = editor.edit(tmp_path / "photo.png", instruction="make it negative", seed=3)
+    assert result.size == (70, 40)
+    assert result == editor.edit(picture(), instruction="make it negative", seed=3)
+    assert result != editor.edit(picture(), instruction="make it negative", seed=4)
+    assert result != editor.edit(picture(), instruction="make it negative", seed=3, steps=1)
+    assert result != editor.edit(picture(), instruction="make it negative", seed=3, guidance=1.0)
+
+
+def test_scale_0_is_the_base_model(plan, trained: Path) -> None:
+    chosen = plan()
+    base = recipe.method_class("influxedit").load(chosen.backbone, chosen.config)
+    result = run.load(trained).edit(picture(), instruction="x", scale=0.0)
+    assert result == run.Editor(method=base).edit(picture(), instruction="x", scale=0.0)
+    assert result != run.load(trained).edit(picture(), instruction="x")
+
+
+def test_a_fixed_prompt_is_the_default_instruction(plan, tmp_path: Path, own_pairs: Path) -> None:
+    shutil.rmtree(own_pairs / "prompts")
+    out = run.train_run(plan(f"data.root={own_pairs}", "data.prompt=turn it round"), tmp_path / "run")
+    editor = run.load(out)
+    assert editor.default_instruction == "turn it round"
+    assert editor.edit(picture()) == editor.edit(picture(), instruction="turn it round")
+    assert editor.edit(picture()) != editor.edit(picture(), instruction="")
+
+
+def test_the_geometry_of_training_is_applied_on_other_weights(
+    trained: Path, tiny_fill: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "tiny-fill"
+    shutil.copytree(tiny_fill, model)
+    vae = json.loads((model / "vae" / "config.json").read_text())
+    (model / "vae" / "config.json").write_text(json.dumps({**vae, "sample_size": 32}))
+    editor = run.load(trained, weights=str(model), device="cpu")
+    assert editor.method.size(70, 40) == (64, 32)
+    assert editor.notes == ()
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    (model / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
+    assert "differ" in run.load(trained, weights=str(model), device="cpu").notes[0]
+
+
+def test_held_out_numbers() -> None:
+    source, target = Image.new("RGB", (32, 32), "black"), Image.new("RGB", (32, 32), "white")
+    perfect = run.measure(Example(source=source, target=target), target)
+    assert (perfect["psnr"], perfect["ssim"]) == (100.0, pytest.approx(1.0))
+    assert perfect["edit_gain"] == pytest.approx(1.0)
+    assert run.measure(Example(source=source, target=target), source)["edit_gain"] == pytest.approx(0.0)
+    assert run.measure(Example(source=source, target=source), source)["edit_gain"] == 0.0

@@ -1,0 +1,192 @@
+"""Tiny FLUX models with random weights, written as diffusers folders in a second, and the ``--golden`` option."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports the hub's client: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from pentimento import pytest_golden
+from pentimento.flux.backbone import Flux
+from pentimento.flux.config import FluxConfig
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.:-"
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """The option of ``pentimento.pytest_golden`` also where the package runs without being installed."""
+    if not pluginmanager.hasplugin(pytest_golden.__name__):
+        pytest_golden.pytest_addoption(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--golden")
+    if folder is not None and not folder.is_dir():
+        raise pytest.UsageError(f"--golden: there is no folder {folder}")
+    transformers_logging.disable_progress_bar()
+    # pytest looks for its settings before it knows this option, near DIR, and then misses those of pyproject.toml.
+    if config.inipath is None:
+        for name in ("slow", "gpu", "golden", "weights"):
+            config.addinivalue_line("markers", f"{name}: see pyproject.toml")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without ``--golden DIR`` the tests that read DIR are deselected; those of the small subset here remain."""
+    if config.getoption("--golden") is None:
+        needing = [item for item in items if "golden_dir" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder given by ``--golden``."""
+    return request.config.getoption("--golden")
+
+
+def tiny_transformer(in_channels: int) -> FluxTransformer2DModel:
+    """2 double and 2 single blocks of width 32."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=in_channels,
+        out_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # The initial output layers are nearly silent; a picture should depend on every input.
+            parameter.normal_(0, 0.3 if name.startswith(("norm_out", "proj_out")) else 0.12)
+    return model
+
+
+def tiny_vae() -> AutoencoderKL:
+    """FLUX's autoencoder, 8 channels wide; a sample size of 64 makes that the native resolution."""
+    torch.manual_seed(1)
+    levels = 4
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def tiny_text() -> dict[str, object]:
+    """Two text encoders and tokenizers that know letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{letter}" for letter in LETTERS)]
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    torch.manual_seed(2)
+    clip = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=24,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    t5 = T5Config(
+        vocab_size=len(pieces), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, is_gated_act=True
+    )
+    return {
+        "text_encoder": CLIPTextModel(clip),
+        "text_encoder_2": T5EncoderModel(t5),
+        "tokenizer": CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77),
+        "tokenizer_2": T5Tokenizer([(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=64),
+    }
+
+
+def write_tiny(folder: Path, in_channels: int) -> Path:
+    """Write a whole model as stock diffusers does."""
+    schedule = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        base_shift=0.5,
+        max_shift=1.15,
+    )
+    pipeline = FluxFillPipeline if in_channels == 384 else FluxPipeline
+    parts = {
+        "transformer": tiny_transformer(in_channels),
+        "vae": tiny_vae(),
+        "scheduler": schedule,
+        **tiny_text(),
+    }
+    pipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny FLUX.1 Fill; do not write to it."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny-fill", 384)
+
+
+@pytest.fixture(scope="session")
+def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny FLUX.1 [dev]; do not write to it."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny-dev", 64)
+
+
+@pytest.fixture
+def fill_config(tiny_fill: Path) -> FluxConfig:
+    return FluxConfig(weights=str(tiny_fill), device="cpu")
+
+
+@pytest.fixture
+def dev_config(tiny_dev: Path) -> FluxConfig:
+    return FluxConfig(weights=str(tiny_dev), device="cpu")
+
+
+@pytest.fixture
+def fill(fill_config: FluxConfig) -> Flux:
+    """A tiny FLUX.1 Fill, fresh for every test (adapters change the transformer)."""
+    return Flux.load(fill_config, "fill")
+
+
+@pytest.fixture
+def dev(dev_config: FluxConfig) -> Flux:
+    return Flux.load(dev_config, "dev")
+
+
+@pytest.fixture
+def picture() -> Callable[..., Image.Image]:
+    """``picture(seed, width, height)``: smooth colours, the same on every machine."""
+
+    def draw(seed: int = 0, width: int = 64, height: int = 64) -> Image.Image:
+        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return draw

@@ -1,0 +1,242 @@
+"""Recipes: what is written is read back, and every mistake is answered with where, what and how."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pentimento import recipe, schema
+from pentimento.errors import UserError
+from pentimento.flux.config import FluxConfig
+from pentimento.recipe import Recipe
+from pentimento.recipes import shipped
+
+PLAIN = """\
+method: influxedit
+data:
+  root: pairs
+stages:
+  edit:
+    train: [edit]
+    steps: 10
+"""
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.yaml"
+    path.write_text(PLAIN)
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        recipe.load(path, overrides)
+    return str(caught.value)
+
+
+def mistake_in(tmp_path: Path, text: str, *overrides: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return mistake(path, *overrides)
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
+    loaded = recipe.load(name)
+    assert loaded.about == shipped()[name] != ""
+    assert loaded.backbone.weights == "pocket"
+
+
+@pytest.mark.parametrize("name", ["influxedit-edit", "influxedit-split"])
+def test_published_values_of_influxedit(name: str) -> None:
+    loaded = recipe.load(name, ["backbone.weights=black-forest-labs/FLUX.1-Fill-dev"])
+    config, stage = loaded.config, loaded.stages["edit"]
+    assert config.mode == name.removeprefix("influxedit-")
+    assert (config.lora.rank, config.lora.alpha, config.lora.init) == (16, 16, "gaussian")
+    assert (config.guidance, config.sampling_guidance) == (1.0, 30.0)
+    assert (config.weighting_scheme, config.mask, config.train_embedder) == ("none", "white", False)
+    assert (stage.optimizer, stage.lr, stage.schedule, stage.warmup) == ("prodigy", 1.0, "constant", 0)
+    assert (stage.batch_size, stage.accumulate, stage.max_grad_norm) == (1, 4, 1.0)
+    assert (stage.betas, stage.eps, stage.weight_decay) == ((0.9, 0.999), 1e-8, 1e-4)
+
+
+@pytest.mark.parametrize("write", [recipe.dump, recipe.explain])
+@pytest.mark.parametrize("name", list(shipped()))
+def test_a_written_recipe_loads_back_equal(name: str, write, tmp_path: Path) -> None:
+    changes = ["stages.edit.keep_steps=[3, 5]", 'data.prompt=no: #1 "ü"', "stages.edit.lr=1e-7", "seed=7"]
+    loaded = recipe.load(name, changes)
+    (tmp_path / "again.yaml").write_text(write(loaded), encoding="utf-8")
+    assert recipe.load(tmp_path / "again.yaml") == loaded
+
+
+def test_every_field_is_documented_once_at_the_field() -> None:
+    loaded = recipe.load("influxedit-edit")
+    sections = [
+        loaded,
+        loaded.backbone,
+        loaded.data,
+        loaded.config,
+        loaded.config.lora,
+        loaded.stages["edit"],
+        loaded.watch,
+    ]
+    for section in sections:
+        meanings = schema.docs(type(section))
+        bare = [f.name for f in dataclasses.fields(section) if not meanings.get(f.name)]
+        assert not bare, f"{type(section).__name__}: {bare}"
+        explained = " ".join(line.strip(" #") for line in recipe.explain(loaded).splitlines())
+        assert all(meaning in explained for meaning in meanings.values())
+
+
+def test_overrides_are_typed_as_yaml_and_the_last_one_wins(plain: Path) -> None:
+    loaded = recipe.load(
+        plain,
+        ["stages.edit.steps=20", "stages.edit.steps=30", "stages.edit.lr=2e-3", "data.prompt=add a hat", "data.limit=null",
+         "config.lora.rank=4", "backbone.compile=true", "stages.edit.train=[edit]", "watch={every: 5, count: 2}"],
+    )  # fmt: skip
+    stage = loaded.stages["edit"]
+    assert (stage.steps, stage.lr, stage.train) == (30, 0.002, ("edit",))
+    assert (loaded.data.prompt, loaded.data.limit, loaded.data.root) == ("add a hat", None, "pairs")
+    assert loaded.config.lora.rank == 4
+    assert loaded.backbone.compile is True
+    assert (loaded.watch.every, loaded.watch.count) == (5, 2)
+
+
+def test_text_is_taken_as_it_stands(plain: Path, tmp_path: Path) -> None:
+    prompt = "Before: {a}, after: [b] #1 - yes!"
+    loaded = recipe.load(
+        plain, [f"data.prompt={prompt}", "data.root=2026-01-01", "data.cache=off", "about='quoted'"]
+    )
+    assert (loaded.data.prompt, loaded.data.root, loaded.data.cache) == (prompt, "2026-01-01", "off")
+    assert loaded.about == "quoted"
+    (tmp_path / "mine.yaml").write_text(PLAIN.replace("root: pairs", "root: no\n  cache: off"))
+    assert recipe.load(tmp_path / "mine.yaml").data == dataclasses.replace(
+        loaded.data, root="no", prompt=None
+    )
+    (tmp_path / "again.yaml").write_text(recipe.dump(loaded))
+    assert recipe.load(tmp_path / "again.yaml") == loaded
+
+
+def test_an_override_makes_the_sections_it_needs(plain: Path) -> None:
+    assert recipe.load(plain, ["backbone.device=cpu"]).backbone == FluxConfig(device="cpu")
+
+
+def test_a_run_folder_is_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(PLAIN)
+    assert recipe.load(tmp_path) == recipe.load(tmp_path / "recipe.yaml")
+
+
+def test_a_method_of_ones_own_is_named_by_its_dotted_path(plain: Path) -> None:
+    named = recipe.load(plain, ["method=pentimento.methods.influxedit:InFluxEdit"])
+    assert dataclasses.replace(named, method="influxedit") == recipe.load(plain)
+
+
+def test_an_unknown_key_names_the_nearest_one_and_its_meaning(plain: Path) -> None:
+    said = mistake(plain, "stages.edit.stps=3")
+    assert "override stages.edit.stps=3" in said
+    assert "stages.edit.stps is not a known key" in said
+    assert "Did you mean steps?" in said
+    assert schema.docs(type(recipe.load(plain).stages["edit"]))["steps"] in said
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sed=1", ["sed is not a known key", "seed"]),
+        ("data.rot=x", ["data.rot is not a known key", "Did you mean root?"]),
+        ("config.mod=edit", ["config.mod is not a known key", "Did you mean mode?"]),
+        ("config.lora.rnak=4", ["config.lora.rnak", "Did you mean rank?"]),
+        ("stages.edti.steps=3", ["no stage 'edti'", "Did you mean edit?"]),
+        ("stages.edit.steps=many", ["whole number", "'many'"]),
+        ("stages.edit.steps=2.5", ["whole number", "2.5"]),
+        ("stages.edit.steps=true", ["whole number", "true"]),
+        ("stages.edit.steps=", ["whole number", "nothing"]),
+        ("stages.edit.lr=[1]", ["a number", "the list"]),
+        ("stages.edit.train=edit", ["a list", "'edit'"]),
+        ("stages.edit.optimizer=adam", ["adamw", "'adam'", "Did you mean adamw?"]),
+        ("backbone.precision=half", ["fp16", "'half'"]),
+        ("data.kind=pair", ["pairs, side_by_side, jsonl", "Did you mean pairs?"]),
+        ("config.mode=edti", ["edit, split", "Did you mean edit?"]),
+        ("data.root.x=1", ["data.root is the text 'pairs', not a section"]),
+        ("stages=3", ["a section", "3"]),
+        ("stages={}", ["stages is empty"]),
+        ("config=3", ["config should be a section"]),
+        ("stages.edit.steps=0", ["steps", "0"]),
+        ("stages.edit.steps=-5", ["steps", "-5"]),
+        ("stages.edit.warmup=11", ["warmup", "11"]),
+        ("stages.edit.batch_size=0", ["batch_size", "0"]),
+        ("stages.edit.train=[]", ["train"]),
+        ("stages.edit.train=[semantic]", ["semantic", "edit"]),
+        ("config.lora.rank=0", ["rank", "0"]),
+        ("config.prompt_template=hello", ["prompt_template", "{prompt}"]),
+        ("data.caption_dropout=2", ["caption_dropout", "2"]),
+        ("watch.every=-1", ["every", "-1"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("method=influxedti", ["influxedti", "Did you mean influxedit?"]),
+        ("method=no.such:Thing", ["no.such:Thing", "cannot be imported"]),
+        ("method=pathlib:Path", ["not a Method"]),
+        ("steps", ["key=value"]),
+        ("a..b=1", ["key=value"]),
+        ("data={root: [", ["override value", "not valid YAML"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_says_why(plain: Path, override: str, words: list[str]) -> None:
+    said = mistake(plain, override)
+    for word in words:
+        assert word in said
+
+
+def test_the_line_of_a_mistake_in_a_file_is_named(tmp_path: Path) -> None:
+    said = mistake_in(tmp_path, PLAIN.replace("steps: 10", "steps: ten"))
+    assert (
+        "mine.yaml, line 7: stages.edit.steps should be a whole number, but the text 'ten' was given" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: [influxedit\n", ["line 2, column 1", "not valid YAML"]),
+        ("method: influxedit\n\tdata: x\n", ["line 2", "not valid YAML"]),
+        (PLAIN + "seed: 1\nseed: 2\n", ["'seed' stands twice", "line 8"]),
+        ("- a\n- b\n", ["mapping"]),
+        ("", ["it is empty"]),
+        ("# only a comment\n", ["it is empty"]),
+        ("just words", ["mapping", "'just words'"]),
+        (PLAIN.replace("method: influxedit\n", ""), ["method is missing"]),
+        (PLAIN.replace("    steps: 10\n", ""), ["stages.edit.steps is missing"]),
+        (PLAIN.split("stages")[0], ["stages is missing"]),
+    ],
+)
+def test_a_broken_file_says_where(tmp_path: Path, text: str, words: list[str]) -> None:
+    said = mistake_in(tmp_path, text)
+    for word in words:
+        assert word in said
+
+
+def test_a_wrong_name_lists_the_nearest_and_all() -> None:
+    said = mistake(Path("influxedit-edti"))
+    assert "Did you mean influxedit-edit?" in said
+    assert all(name in said for name in shipped())
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in mistake(tmp_path / "binary.yaml")
+    assert "without recipe.yaml" in mistake(tmp_path)
+
+
+def test_merge_keys_and_numbers_without_a_point(tmp_path: Path) -> None:
+    text = PLAIN.replace(
+        "    steps: 10\n", "    steps: 10\n    lr: 2e-3\n    <<: {steps: 5, accumulate: 2}\n"
+    )
+    (tmp_path / "merged.yaml").write_text(text)
+    stage = recipe.load(tmp_path / "merged.yaml").stages["edit"]
+    assert (stage.steps, stage.lr, stage.accumulate) == (10, 0.002, 2)
+
+
+def test_a_recipe_is_frozen(plain: Path) -> None:
+    loaded: Recipe = recipe.load(plain)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.seed = 1  # type: ignore[misc]
