@@ -13,7 +13,9 @@ from .. import images
 from ..errors import UserError
 
 TASK = "add-glasses"
-PAIRS, STEPS, CASES = 48, 150, 16
+PAIRS, STEPS, CASES = 48, 450, 16
+QUICK = ("optimizer=adamw", "lr=0.002", "schedule=cosine", "warmup=20", "batch_size=4", "accumulate=1")
+"""Instead of the recipe's Prodigy, which takes its time to find a step size."""
 BAR = 0.8
 
 
@@ -37,6 +39,7 @@ def main(out: Path = Path("demo")) -> int:
             f"stages.edit.steps={STEPS}",
             f"stages.edit.save_every={STEPS}",
             f"watch.every={STEPS}",
+            *(f"stages.edit.{change}" for change in QUICK),
         ],
     )
     folder = run.train_run(settings, out / "run")
