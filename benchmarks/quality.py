@@ -37,7 +37,7 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict[str, object]
     )  # fmt: skip
     began = time.perf_counter()
     run.train_run(settings, out / "run")
-    trained = time.perf_counter() - began
+    training = time.perf_counter() - began
     editor = run.load(out / "run")
     flux = Flux.load(FluxConfig(), "fill")
     began = time.perf_counter()
@@ -48,17 +48,12 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict[str, object]
     )
     scores["nothing done"] = score.run(lambda image, words: image, chosen)
     scores["encode and decode"] = score.run(score.round_trip(flux), chosen)
-    truth = score.pictures(chosen, "target")
-    images.save_image(
-        images.sheet(
-            [list(row) for row in zip(score.pictures(chosen, "source"), scores["trained"].pictures, truth, strict=True)][:8],
-            titles=["source", "edited", "truth"], labels=[c.instruction for c in chosen[:8]], cell=160,
-        ),
-        out / "sheet.png",
-    )  # fmt: skip
+    trained = scores["trained"]
+    sheet = score.wide_sheet(chosen[:16], trained.pictures[:16], [not ok for ok in trained.success[:16]])
+    images.save_image(sheet, out / "sheet.png")
     return {
         "task": task, "recipe": name, "pairs": args.pairs, "steps": args.steps, "overrides": args.overrides,
-        "train_seconds": round(trained, 1), "seconds_per_edit_and_reading": round(edited, 2), "table": score.table(scores),
+        "train_seconds": round(training, 1), "seconds_per_edit_and_reading": round(edited, 2), "table": score.table(scores),
     }  # fmt: skip
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, new
 
 from ..flux.backbone import Flux
-from ..images import from_tensor, to_tensor
+from ..images import from_tensor, sheet, to_tensor
 from ..metrics import interval
 from .readout import DiscReading, Reading, judge, judge_disc
 from .render import render
@@ -75,6 +75,28 @@ def round_trip(flux: Flux) -> Editor:
         return flux.decode(flux.latents(mean, torch.zeros_like(mean), mean), source.size)[0]
 
     return editor
+
+
+def wide_sheet(
+    cases: Sequence[Case], results: Sequence[Image], failed: Sequence[bool], columns: int = 8
+) -> Image:
+    """Source, result and truth of every case below each other, ``columns`` cases side by side, instructions above."""
+    blocks = []
+    for first in range(0, len(cases), columns):
+        part = slice(first, first + columns)
+        rows = [pictures(cases[part], "source"), list(results[part]), pictures(cases[part], "target")]
+        titles = [
+            "failed: " * bad + case.instruction for bad, case in zip(failed[part], cases[part], strict=True)
+        ]
+        blocks.append(sheet(rows, titles=titles, labels=["source", "edited", "truth"], cell=128))
+    out = new(
+        "RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), blocks[0].getpixel((0, 0))
+    )
+    top = 0
+    for block in blocks:
+        out.paste(block, (0, top))
+        top += block.height
+    return out
 
 
 def table(scores: dict[str, Score]) -> list[list[str]]:
