@@ -53,7 +53,11 @@ def test_published_values_of_influxedit(name: str) -> None:
     loaded = recipe.load(name, ["backbone.weights=black-forest-labs/FLUX.1-Fill-dev"])
     config, stage = loaded.config, loaded.stages["edit"]
     assert config.mode == name.removeprefix("influxedit-")
-    assert (config.lora.rank, config.lora.alpha, config.lora.init) == (16, 16, "gaussian")
+    assert (config.lora.rank, config.lora.alpha, config.lora.init) == (
+        16,
+        None,
+        "gaussian",
+    )  # null: alpha = rank
     assert (config.guidance, config.sampling_guidance) == (1.0, 30.0)
     assert (config.weighting_scheme, config.mask, config.train_embedder) == ("none", "white", False)
     assert (stage.optimizer, stage.lr, stage.schedule, stage.warmup) == ("prodigy", 1.0, "constant", 0)

@@ -31,7 +31,7 @@ def folder(name: str) -> Path:
     """
     if name not in NAMES:
         raise UserError(f"no shipped model is called {name!r}; there are {' and '.join(NAMES)}")
-    fill = Path(str(files("pentimento.pocket") / "weights" / "pocket-fill"))
+    fill = Path(str(files("pentimento.pocket") / "models" / "pocket-fill"))
     if not (fill / "model_index.json").is_file():
         raise UserError(
             f"the shipped weights are missing from this installation ({fill}); install pentimento again"

@@ -51,8 +51,8 @@ def test_stock_fill_draws_what_the_caption_says_and_keeps_the_rest():
     pipe = stock(FluxFillPipeline, "pocket-fill")
     filled = pipe(
         captions.caption(drawn),
-        picture,
-        mask,
+        image=picture,
+        mask_image=mask,
         height=128,
         width=128,
         num_inference_steps=8,
@@ -75,7 +75,7 @@ def test_our_split_edit_is_stock_diffusers_picture_for_the_same_noise():
     generator = torch.Generator().manual_seed(3)
     noise = pipe._pack_latents(torch.randn(1, 16, 16, 32, generator=generator), 1, 16, 16, 32)
     theirs = pipe(
-        "add glasses", canvas, mask, latents=noise, generator=generator, height=128, width=256, guidance_scale=30.0, num_inference_steps=4, **TEXT
+        "add glasses", image=canvas, mask_image=mask, latents=noise, generator=generator, height=128, width=256, guidance_scale=30.0, num_inference_steps=4, **TEXT
     ).images[0].crop((128, 0, 256, 128))  # fmt: skip
     assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
 
