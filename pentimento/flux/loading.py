@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -292,16 +293,19 @@ def load_model(model: Any, weights: Weights, part: str, dtype: torch.dtype) -> A
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hide transformers' progress bars while files are read: they would tear a training run's display."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    """Hide the libraries' progress bars while files are read: they would tear a training run's display."""
+    shown = [
+        library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def load_transformer(weights: Weights, dtype: torch.dtype) -> Any:

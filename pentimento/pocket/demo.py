@@ -1,6 +1,7 @@
 """``make demo``: learn one edit from drawn pairs, apply it to pictures never seen, and read the results exactly."""
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -21,6 +22,8 @@ BAR = 0.8
 
 def main(out: Path = Path("demo")) -> int:
     """Returns the exit code: 0, or 1 when fewer than 80 % of the edits succeed."""
+    # Importing transformers without torchvision prints warnings about picture processors that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from .. import recipe, run
     from ..flux.backbone import Flux
     from ..flux.config import FluxConfig

@@ -74,9 +74,11 @@ def test_our_split_edit_is_stock_diffusers_picture_for_the_same_noise():
     pipe = stock(FluxFillPipeline, "pocket-fill")
     generator = torch.Generator().manual_seed(3)
     noise = pipe._pack_latents(torch.randn(1, 16, 16, 32, generator=generator), 1, 16, 16, 32)
-    theirs = pipe(
-        "add glasses", image=canvas, mask_image=mask, latents=noise, generator=generator, height=128, width=256, guidance_scale=30.0, num_inference_steps=4, **TEXT
-    ).images[0].crop((128, 0, 256, 128))  # fmt: skip
+    size = {"height": 128, "width": 256, "guidance_scale": 30.0, "num_inference_steps": 4}
+    result = pipe(
+        "add glasses", image=canvas, mask_image=mask, latents=noise, generator=generator, **size, **TEXT
+    )
+    theirs = result.images[0].crop((128, 0, 256, 128))  # fmt: skip
     assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
 
 
