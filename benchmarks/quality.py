@@ -7,6 +7,7 @@ unless said otherwise. Beside the adapter stand its untrained base, doing nothin
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import platform
@@ -27,9 +28,14 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict[str, object]
     """Train one recipe on one task and score it; writes a sheet and returns what the table says."""
     out = args.out / f"{task}-{name}"
     data = args.out / f"{task}-pairs"
-    if not data.exists():
-        dataset.write(task, args.pairs, out=data)
     chosen = list(itertools.islice(cases(task, "test"), args.cases))
+    if not data.exists():
+        drawn = dataset.write(task, args.pairs, out=data)
+        if args.captions:
+            for case in drawn:
+                (data / "prompts" / f"{case.key}.txt").write_text(case.target_prompt + "\n")
+    if args.captions:
+        chosen = [dataclasses.replace(case, instruction=case.target_prompt) for case in chosen]
     settings = recipe.load(
         name,
         [f"data.root={data}", "data.held_out=0", "watch.every=0", f"stages.edit.steps={args.steps}",
@@ -53,6 +59,7 @@ def measure(task: str, name: str, args: argparse.Namespace) -> dict[str, object]
     images.save_image(sheet, out / "sheet.png")
     return {
         "task": task, "recipe": name, "pairs": args.pairs, "steps": args.steps, "overrides": args.overrides,
+        "captions": args.captions,
         "train_seconds": round(training, 1), "seconds_per_edit_and_reading": round(edited, 2), "table": score.table(scores),
     }  # fmt: skip
 
@@ -61,6 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quality on the drawn world.")
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--recipe", action="append", dest="recipes")
+    parser.add_argument(
+        "--captions", action="store_true", help="prompts describe the result instead of instructing"
+    )
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--cases", type=int, default=30)

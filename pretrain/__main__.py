@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--again", type=int, default=0, help="repetition of the stage, from 0: other scenes, other noise"
     )
+    parser.add_argument("--count", type=int, default=48, help="pictures per acceptance number")
     parser.add_argument("--photos", type=Path, help="folder of photographs for the autoencoder's number")
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--batch", type=int, default=128)
@@ -34,7 +35,7 @@ def main() -> None:
     elif args.stage == "accept":
         from . import accept
 
-        accept.main(args.start, args.out / "acceptance.json", args.photos)
+        accept.main(args.start, args.out / "acceptance.json", args.photos, args.count)
     elif args.stage == "export":
         from . import export
 
