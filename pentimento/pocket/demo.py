@@ -14,7 +14,7 @@ from .. import images
 from ..errors import UserError
 
 TASK = "add-glasses"
-PAIRS, STEPS, CASES = 48, 450, 16
+PAIRS, STEPS, CASES = 48, 700, 16
 QUICK = ("optimizer=adamw", "lr=0.002", "schedule=cosine", "warmup=20", "batch_size=4", "accumulate=1")
 """Instead of the recipe's Prodigy, which takes its time to find a step size."""
 BAR = 0.8
