@@ -12,7 +12,17 @@ def main() -> None:
     )
     parser.add_argument(
         "stage",
-        choices=("tokenizers", "autoencoder", "base", "fill", "distil", "preview", "export", "accept"),
+        choices=(
+            "tokenizers",
+            "autoencoder",
+            "base",
+            "fill",
+            "distil",
+            "preview",
+            "export",
+            "unpack",
+            "accept",
+        ),
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="folder of the stage before")
@@ -40,6 +50,10 @@ def main() -> None:
         from . import export
 
         export.write(args.start, args.tokenizers, args.out)
+    elif args.stage == "unpack":
+        from . import export
+
+        export.unpack(args.start, args.out)
     elif args.stage == "preview":
         from . import preview
 

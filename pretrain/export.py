@@ -54,3 +54,14 @@ def write(start: Path, tokenizers: Path, out: Path) -> None:
     index = json.loads((out / "model_index.json").read_text())
     index.pop("_name_or_path", None)
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def unpack(folder: Path, out: Path) -> None:
+    """The way back: a shipped folder as a stage's folder, to go on from it (its weights are bf16-rounded)."""
+    pipe = FluxFillPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    parts = {"transformer": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder}
+    net = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    net.setdefault("t5.encoder.embed_tokens.weight", net["t5.shared.weight"].clone())
+    models.save_parts(out, {"net": net, "vae": pipe.vae})
+    factors = {name: pipe.vae.config[name] for name in ("shift_factor", "scaling_factor")}
+    (out / "vae.json").write_text(json.dumps(factors))
