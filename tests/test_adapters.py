@@ -345,7 +345,12 @@ def test_a_whole_module_equal_to_the_base_is_passed_over(tmp_path):
     published(tmp_path)
     base = tiny_transformer().x_embedder
     save_file({"weight": base.weight.data, "bias": base.bias.data}, tmp_path / "flux_x_embedder.safetensors")
-    build(LoRA(targets=BLOCKS, rank=4), trained=False).load(tmp_path)
+    adapters = build(LoRA(targets=BLOCKS, rank=4), trained=False)
+    untouched = {key: value.clone() for key, value in adapters.state_dict()["edit"].items()}
+    adapters.load(tmp_path)
+    loaded = adapters.state_dict()["edit"]
+    assert not any("x_embedder" in key for key in loaded)
+    assert toy.difference({"": loaded}, {"": untouched}) > 0
 
 
 def refused(folder: Path, spec: LoRA | None = None) -> str:
