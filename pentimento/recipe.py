@@ -18,7 +18,10 @@ from .method import Method
 from .schema import Keys, Origin
 from .train import Stage
 
-METHODS = {"influxedit": "pentimento.methods.influxedit:InFluxEdit"}
+METHODS = {
+    "icedit": "pentimento.methods.icedit:ICEdit",
+    "influxedit": "pentimento.methods.influxedit:InFluxEdit",
+}
 """Names of methods and where their classes are; a recipe may also give such a dotted path itself."""
 
 

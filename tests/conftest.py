@@ -53,10 +53,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in needing]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def golden_dir(request: pytest.FixtureRequest) -> Path:
-    """The folder given by ``--golden``."""
-    return request.config.getoption("--golden")
+    """The recording that a module's tests read: the folder given by ``--golden``, or the one of its name in there.
+
+    A module names both in ``RECORDING``: the folder, and a file that only this recording has.
+    """
+    given: Path = request.config.getoption("--golden")
+    name, mark = request.module.RECORDING
+    for folder in (given, given / name):
+        if (folder / mark).exists():
+            return folder
+    pytest.skip(f"{given} holds no recording of {name}")
 
 
 def tiny_transformer(in_channels: int) -> FluxTransformer2DModel:

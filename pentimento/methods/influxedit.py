@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import images
 from ..adapters import Adapters, LoRA
 from ..errors import UserError
-from ..flux import sampling
+from ..flux import fill, sampling
 from ..flux.backbone import Flux, Posterior, Text
 from ..flux.config import FluxConfig
 from ..flux.loading import Variant
@@ -173,11 +173,9 @@ class InFluxEdit(Method):
         pairs = [self._pair(example) for example in examples]
         sources = [source for source, _ in pairs]
         targets = [target for _, target in pairs]
-        if self.config.mode == "edit":
-            x0, condition = self.flux.encode_images(targets), self.flux.encode_images(sources)
-        else:
-            canvas = images.to_tensor([images.join(*pair) for pair in pairs])
-            x0, condition = self.flux.encode_pixels(canvas), self._split_condition(canvas)
+        if self.config.mode == "split":
+            return fill.encode_canvas(self.flux, images.to_tensor([images.join(*pair) for pair in pairs]))
+        x0, condition = self.flux.encode_images(targets), self.flux.encode_images(sources)
         return {
             "x0_mean": x0.mean,
             "x0_std": x0.std,
@@ -201,18 +199,7 @@ class InFluxEdit(Method):
             level = 255 if self.config.mask == "white" else 0
             mask = PIL.Image.new("L", source.size, level)
             return {"target": target, "condition": source, "mask-white-changes": mask}
-        canvas = images.join(source, target)
-        mask = images.half_mask(canvas.size)
-        # The hidden half is 0 in [-1, 1], which lies between two 8-bit values; the picture shows the upper one.
-        hidden = canvas.copy()
-        hidden.paste((128, 128, 128), (canvas.width // 2, 0, canvas.width, canvas.height))
-        return {"target": canvas, "condition": hidden, "mask-white-changes": mask}
-
-    def _split_condition(self, canvas: Tensor) -> Posterior:
-        # The hidden half is 0 in [-1, 1], a grey between two 8-bit values: painted after normalising.
-        visible = canvas.clone()
-        visible[..., canvas.shape[-1] // 2 :] = 0
-        return self.flux.encode_pixels(visible)
+        return fill.canvas_views(source, target)
 
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5 states ``(B, S, C)`` and CLIP vectors ``(B, D)`` of the prompts, put into the template."""
@@ -258,14 +245,10 @@ class InFluxEdit(Method):
 
     def _condition(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Fill's 320 channels ``(B, T, 320)``: packed latents of the condition, then the mask."""
-        latents = self.flux.latents(mean.float(), std.float(), noise)
-        batch, _, h, w = mean.shape
-        mask = torch.zeros(batch, 1, h * sampling.CELL, w * sampling.CELL, device=latents.device)
-        if self.config.mode == "split":
-            mask[..., mask.shape[-1] // 2 :] = 1
-        elif self.config.mask == "white":
-            mask += 1
-        return torch.cat((latents, sampling.pack_mask(mask)), dim=2)
+        mask = fill.right_half_of_latents(mean)
+        if self.config.mode == "edit":
+            mask = torch.full_like(mask, float(self.config.mask == "white"))
+        return fill.condition(self.flux, Posterior(mean, std), noise, mask)
 
     @torch.no_grad()
     def edit(self, example: Example, settings: EditSettings) -> Image:
@@ -283,7 +266,7 @@ class InFluxEdit(Method):
         pixels = images.to_tensor([images.join(picture, picture) if split else picture])
         # Laid out as the stock pipelines do: then the convolutions sum in the same order, to the last bit.
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        shown = self._split_condition(pixels) if split else self.flux.encode_pixels(pixels)
+        shown = self.flux.encode_pixels(fill.hide(pixels, fill.right_half(pixels)) if split else pixels)
         result = self._sample(shown, example.prompt, settings, steps=steps, guidance=guidance)
         if split:
             result = images.split(result)[1]
@@ -292,7 +275,7 @@ class InFluxEdit(Method):
     def _sample(
         self, shown: Posterior, prompt: str, settings: EditSettings, *, steps: int, guidance: float
     ) -> Image:
-        flux, (_, _, h, w) = self.flux, shown.mean.shape
+        flux = self.flux
         # Drawn on the CPU for the same picture everywhere; noise first, as in diffusers before 0.33.
         generator = torch.Generator().manual_seed(settings.seed)
         noise = torch.randn(shown.mean.shape, generator=generator)
@@ -300,13 +283,7 @@ class InFluxEdit(Method):
         condition = self._condition(*shown, draw)
         text = flux.encode_prompts([self.text(prompt)], self.text_length)
         self.adapters.use(edit=settings.scale)
-
-        def velocity(x_t: Tensor, sigma: Tensor, step: int) -> Tensor:
-            grid = (h // 2, w // 2)
-            return flux.velocity(x_t, sigma, text, grid=grid, guidance=guidance, condition=condition)
-
-        latents = flux.sample(velocity, sampling.pack(noise), steps)
-        return flux.decode(latents, (w * sampling.CELL, h * sampling.CELL))[0]
+        return fill.sample(flux, noise, condition, text, steps=steps, guidance=guidance)
 
     def metadata(self) -> dict[str, Any]:
         """Geometry, text and sampling settings, as an edit with these weights needs them."""

@@ -6,7 +6,6 @@ gradient within 1e-5 of its largest value.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,41 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pentimento import images
-from pentimento.flux import loading, sampling
+from pentimento.flux import sampling
 from pentimento.flux.backbone import Flux, Text
 from pentimento.flux.config import FluxConfig
 from pentimento.method import EditSettings, Example
 from pentimento.methods.influxedit import EditLoRA, InFluxEdit
 
+from .recorded import Recorded, close, tiny, watch
+
 pytestmark = pytest.mark.golden
 
 SAVED = "pytorch_lora_weights.safetensors"
+RECORDING = ("influxedit", "inference_diffusers032")
 SUBSET = Path(__file__).parent / "influxedit"
 PUBLISHED = {"max_sequence_length": 32, "lora": EditLoRA(rank=4), "guidance": 1.0}
-
-
-@dataclass
-class Recorded:
-    """Stands for ``Draws``: hands out recorded numbers in the order in which they are asked for."""
-
-    normals: list[Tensor]
-    uniforms: list[Tensor] = field(default_factory=list)
-
-    def normal_like(self, x: Tensor) -> Tensor:
-        drawn = self.normals.pop(0)
-        assert drawn.shape == x.shape
-        return drawn
-
-    def uniform(self) -> Tensor:
-        return self.uniforms.pop(0)
-
-
-def tiny(root: Path) -> Flux:
-    """The recorded checkpoint; the subset holds no text encoders, so it is put together from its parts."""
-    weights = loading.Weights(name="golden", folder=root / "tiny_flux_fill", variant="fill")
-    transformer = loading.load_transformer(weights, torch.float32)
-    scheduler = loading.load_scheduler(weights)
-    return Flux(weights, transformer, scheduler, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def standard_normal(mean: Tensor, std: Tensor, sample: Tensor) -> Tensor:
@@ -113,15 +91,6 @@ def build(flux: Flux, lora: dict[str, Tensor], **config: object) -> InFluxEdit:
     return method
 
 
-def watch(flux: Flux) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Inputs and outputs of every call of the transformer."""
-    calls: list[tuple[dict[str, Tensor], Tensor]] = []
-    flux.transformer.register_forward_hook(
-        lambda m, a, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True
-    )
-    return calls
-
-
 def check_step(
     method: InFluxEdit, record: dict[str, Tensor], draws: Recorded, gradients: float = 1e-5
 ) -> None:
@@ -148,11 +117,6 @@ def check_step(
 
 def grid_of(latents: Tensor) -> tuple[int, int]:
     return latents.shape[-2] // 2, latents.shape[-1] // 2
-
-
-def close(ours: Tensor | None, theirs: Tensor, tolerance: float) -> None:
-    assert ours is not None
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 @pytest.mark.parametrize(
