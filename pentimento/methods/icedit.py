@@ -41,7 +41,8 @@ ADAPTER = "edit"
 LARGEST_NATIVE = 512
 MULTIPLE = 16
 TALLEST = 4
-"""Height over width up to which a picture is taken at full width; a taller one is scaled down to that height."""
+"""Height over width up to which a picture is taken at full width; a taller one is scaled down to that height: its tokens would
+exceed every memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,19 +138,12 @@ class ICEdit(Method):
 
         The reference keeps heights that are no multiple of 16 and paints the rest black; see ``docs/differences.md``.
         """
-        tall = min(1.0, TALLEST * width / height)
-        rounded = [int(side * tall) // MULTIPLE * MULTIPLE for side in self._full_size(width, height)]
-        if min(rounded) < MULTIPLE:
-            raise UserError(
-                f"a picture of {width}x{height} is too narrow to edit: at {self.resolution} pixels width its height would be "
-                f"below {MULTIPLE}; crop it, or raise config.resolution"
-            )
-        return rounded[0], rounded[1]
-
-    def _full_size(self, width: int, height: int) -> tuple[int, int]:
-        return self.resolution, height if width == self.resolution else int(
-            height * (self.resolution / width)
+        high = height if width == self.resolution else int(height * (self.resolution / width))
+        fitting = min(1.0, TALLEST * self.resolution / max(1, high))
+        wide, high = (
+            max(MULTIPLE, int(side * fitting) // MULTIPLE * MULTIPLE) for side in (self.resolution, high)
         )
+        return wide, high
 
     def fingerprint(self) -> str:
         """The encoders, the geometry and the text settings, as one line of JSON."""

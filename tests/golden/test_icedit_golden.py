@@ -214,8 +214,7 @@ def test_sizes(golden_dir: Path) -> None:
     method = build(golden_dir, "lora_start", resolution=512)
     for row in json.loads((golden_dir / "size_table.json").read_text()):
         (width, height), (double, high) = row["input"], row["pipeline_size"]
-        if high < 16:
-            with pytest.raises(Exception, match="too"):
-                method.edit_size(width, height)
-        elif height / width <= 4:
+        if high >= 16 and height / width <= 4:
             assert method.edit_size(width, height) == (double // 2, high)
+        else:  # where the reference fails, or its sequence exceeds every memory
+            assert min(method.edit_size(width, height)) >= 16

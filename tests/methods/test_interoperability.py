@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from pentimento.method import EditSettings, Example
+from pentimento.methods.icedit import DiptychLoRA, ICEdit
 from pentimento.methods.influxedit import EditLoRA, InFluxEdit
 
 PAGE = Path(__file__).parents[2] / "docs" / "interoperability.md"
@@ -37,12 +38,12 @@ def trained(fill_config):
     return build
 
 
-def run(text: str, folder: Path, model: Path, source: Image.Image) -> Image.Image:
+def run(text: str, folder: Path, model: Path, source: Image.Image, prompt: str = PROMPT) -> Image.Image:
     settings = {"num_inference_steps": 4, "guidance_scale": 30.0, "max_sequence_length": 24}
     names = {
         "MODEL": model,
         "RUN": folder,
-        "PROMPT": PROMPT,
+        "PROMPT": prompt,
         "SEED": 7,
         "SETTINGS": settings,
         "source": source,
@@ -71,6 +72,24 @@ def test_stock_diffusers_gives_our_picture(trained, tiny_fill, tmp_path, picture
         loading = re.search("pipe.load_lora_weights.*\n", text).group()
         text = text.replace(loading, loading + lines("Runs with `train_embedder`"))
     theirs = run(text, tmp_path, tiny_fill, source)
+    assert theirs.size == ours.size == (64, 48)
+    assert difference(ours, theirs) <= 1, "equal up to one level of 255"
+    assert difference(ours, base) > 8, "the adapter has an effect"
+
+
+def test_stock_diffusers_gives_the_picture_of_icedit(fill_config, tiny_fill, tmp_path, picture):
+    lora = DiptychLoRA(rank=3, alpha=5.0)
+    method = ICEdit.load(
+        fill_config, ICEdit.Config(lora=lora, max_sequence_length=24, resolution=64, sampling_guidance=30.0)
+    )
+    torch.manual_seed(0)
+    for parameter in method.adapters.train("edit"):
+        torch.nn.init.normal_(parameter, std=0.2)
+    source, instruction = picture(2, 64, 48), PROMPT
+    ours = method.edit(Example(source=source, prompt=instruction), EditSettings(seed=7, steps=4))
+    base = method.edit(Example(source=source, prompt=instruction), EditSettings(seed=7, steps=4, scale=0.0))
+    method.adapters.save(tmp_path / "weights")
+    theirs = run(lines("icedit"), tmp_path, tiny_fill, source, prompt=method.text(instruction))
     assert theirs.size == ours.size == (64, 48)
     assert difference(ours, theirs) <= 1, "equal up to one level of 255"
     assert difference(ours, base) > 8, "the adapter has an effect"
