@@ -458,15 +458,13 @@ def _check_experts(
             f"{file} is a plain LoRA, but adapter {name!r} has {spec.experts} experts; leave lora.experts and the settings"
             " that go with it out to use it"
         )
-    here = {
-        "experts": spec.experts,
-        "top_k": spec.top_k,
-        "gate": spec.gate,
-        "expert_alpha": spec.expert_scaled,
-    }
-    # What others write says nothing of the rest; for alpha they mean the rank.
-    there = {"experts": max(found.values()), "expert_alpha": float(spec.expert_rank), **stored}
-    for key, own in here.items():
+    ranks = [value.shape[0] for key, value in tensors.items() if ".lora_A.expert_" in key]
+    rank = max(ranks, default=spec.expert_rank)
+    # Files of others say nothing of the rest; for alpha they mean the rank.
+    guessed = {"experts": max(found.values()), "expert_rank": rank, "expert_alpha": float(rank)}
+    here, there = specs.described(spec), {**guessed, **stored}
+    for key in ("experts", "expert_rank", "expert_alpha", "top_k", "gate"):
+        own = here[key]
         if there.get(key, own) != own:
             raise UserError(
                 f"{file} was trained with {key} {there[key]}, adapter {name!r} has {own}; set lora.{key}={there[key]}"

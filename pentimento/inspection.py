@@ -24,7 +24,7 @@ FACTORS = re.compile(
 # A layer with several LoRAs and a router, as ICEdit's MoE-LoRA and this package name them.
 EXPERT = re.compile(r"^(?P<module>.+)\.lora_(?P<ab>[AB])\.expert_(?P<number>\d+)\.weight$")
 ROUTER = ".lora_route.weight"
-GARBAGE = "takes the experts for plain layers and fills them with whatever is in memory"
+GARBAGE = "leaves in the layers of the experts whatever is in memory"
 DIALECTS = (
     ("lora_unet_", "kohya (sd-scripts)"),
     ("lora_transformer_", "kohya (OneTrainer)"),
