@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import inspection
+from . import files, inspection
 from .errors import UserError
 
 PREFIX = "transformer."
@@ -30,6 +30,12 @@ def read_record(file: Path) -> dict[str, Any]:
         return dict(json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
         raise UserError(f"{file}: its record of how it was trained is damaged ({error})") from error
+
+
+def recorded_adapter(file: Path, name: str = "") -> dict[str, Any]:
+    """What this package wrote of the adapter in a file; ``name`` where the file does not say which it is."""
+    record = read_record(file)
+    return dict(record.get("adapters", {}).get(record.get("adapter", name), {}))
 
 
 def recorded_alpha(file: Path, default: float) -> float:
@@ -60,6 +66,17 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], float | None]:
     if len(alphas) > 1:
         raise UserError(f"{file}: its layers have several alphas ({sorted(alphas)}), which is not supported")
     return tensors, alphas.pop() if alphas else None
+
+
+def write(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors with this package's record and ``more`` metadata; raises ``OSError`` where it cannot be written."""
+    about = {"format": "pt", "pentimento": json.dumps(dict(record), sort_keys=True), **(more or {})}
+    files.write(file, files.safetensors_bytes(tensors, about))
 
 
 def fit(
@@ -93,9 +110,11 @@ def seems(file: Path) -> str:
     """What a file seems to be, in one sentence."""
     about = inspection.inspect_file(file)
     ranks = " and ".join(str(rank) for rank in about.ranks)
+    experts = " and ".join(str(number) for number in about.experts)
     said = [
         f"keys as {about.dialect}",
-        f"rank {ranks}" if ranks else "no LoRA factors",
+        f"rank {ranks}" if ranks else "no plain LoRA factors" if experts else "no LoRA factors",
+        *([f"{experts} experts in some layers"] if experts else []),
         f"base: {about.base}",
     ]
     return f"The file seems to be: {', '.join([about.method] * bool(about.method) + said)}"

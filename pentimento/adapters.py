@@ -1,21 +1,19 @@
-"""Everything small that is trained on top of a frozen backbone. The only file that imports peft.
+"""Everything small that is trained on top of a frozen backbone. Only this file and ``moe.py`` import peft.
 
-An adapter is a LoRA (arXiv:2106.09685) on some linear layers of the host, with a few small modules trained whole beside
-it if wanted. Parameters are float32 whatever the host's precision, since steps of 1e-4 would vanish in bfloat16's eight bits.
+An adapter is a LoRA (arXiv:2106.09685) on some linear layers of the host, with experts on some of them and a few small modules
+trained whole beside it if wanted. Parameters are float32 whatever the host's precision, since steps of 1e-4 would vanish in bfloat16's eight bits.
 Files have the layout of diffusers, so that ``load_lora_weights`` of its pipelines reads them.
 """
 
 import copy
 import difflib
-import json
 import math
 import re
 import warnings
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -23,40 +21,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import adapter_files, files
+from . import adapter_files, inspection, moe, specs
 from .errors import UserError
 from .inspection import WEIGHTS_NAME
+from .specs import ExpertLoRA as ExpertLoRA
+from .specs import LoRA as LoRA
+from .specs import spec_of as spec_of
 
 SHOWN = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Low-rank layers, and modules trained whole."""
-
-    targets: str | tuple[str, ...]
-    """Which linear layers get one: names or ends of names, or one regular expression over whole names."""
-    rank: int = 16
-    """Rank of the update of a layer."""
-    alpha: float | None = None
-    """The update is scaled by alpha / rank. null: alpha = rank, a scale of 1."""
-    init: Literal["gaussian", "default"] = "gaussian"
-    """How A starts (B is zero): gaussian, N(0, 1/rank^2), as in diffusers' scripts; default, peft's Kaiming uniform."""
-    full: tuple[str, ...] = ()
-    """Small modules trained whole beside the low-rank ones, such as x_embedder; saved in a file of their own."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, but it is {self.rank}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be above 0 or null, but it is {self.alpha}")
-        if not self.targets:
-            raise ValueError("targets is empty; name the layers that get a LoRA")
-
-    @property
-    def scaled(self) -> float:
-        """Alpha as a number."""
-        return float(self.rank if self.alpha is None else self.alpha)
 
 
 class Whole(nn.Module):
@@ -118,7 +90,7 @@ class Adapters:
         """
         self._check_name(name)
         self._check_targets(spec)
-        config = LoraConfig(r=spec.rank, target_modules=_targets(spec))
+        config = LoraConfig(r=spec.rank, target_modules=specs.targets(spec))
         config.lora_alpha = spec.scaled  # type: ignore[assignment]  # declared int, used as a number
         with (
             torch.random.fork_rng(devices=[]),
@@ -128,6 +100,8 @@ class Adapters:
                 "ignore", message="Already found a `peft_config`"
             )  # several adapters are wanted
             inject_adapter_in_model(config, self.host, adapter_name=name)
+            for path, experts in self._expert_layers(spec).items():
+                moe.install(self.host.get_submodule(path), name, experts)
         for path in spec.full:
             module = self.host.get_submodule(path)
             if not isinstance(module, Whole):
@@ -196,6 +170,30 @@ class Adapters:
             for parameter in self._named(name).values():
                 parameter.requires_grad_(wanted)
 
+    def routing(self, name: str) -> dict[str, moe.Routing]:
+        """What an adapter's routers did in the last forward pass, by layer.
+
+        Raises:
+            ValueError: an adapter without experts, or none of them has run yet.
+        """
+        layers = self._expert_layers(self.specs[name])
+        found = {path: moe.routing(self.host.get_submodule(path), name) for path in layers}
+        ran = {path: routing for path, routing in found.items() if routing is not None}
+        if not ran:
+            raise ValueError(f"adapter {name!r} has {'not run yet' if found else 'no experts'}")
+        return ran
+
+    def balance(self, name: str) -> Tensor:
+        """Load-balancing loss of the last forward pass, mean over the layers: 1 where all experts get the same.
+
+        To be added to a loss of that pass: once the loss was back-propagated, this is a mere number.
+        """
+        return torch.stack([routing.balance() for routing in self.routing(name).values()]).mean()
+
+    def expert_usage(self, name: str) -> Tensor:
+        """Share of each expert in the last forward pass, mean over the layers: ``(experts,)``, its sum is 1."""
+        return torch.stack([routing.share for routing in self.routing(name).values()]).mean(0)
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Adapter -> key in its file (without prefix) -> tensor, and ``tensors``."""
         state = {name: {k: p.data for k, p in self._named(name).items()} for name in self.specs}
@@ -219,22 +217,26 @@ class Adapters:
         Equal weights and records give equal bytes. Raises ``OSError`` where it cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        own = {name: _described(spec) for name, spec in self.specs.items()}
-        for name, spec in self.specs.items():
-            text = json.dumps({**(record or {}), "adapters": own, "adapter": name}, sort_keys=True)
-            about = {"format": "pt", "pentimento": text}
+        own = {name: specs.described(spec) for name, spec in self.specs.items()}
+        for name in self.specs:
             place = self._place(folder, name)
             place.mkdir(exist_ok=True)
-            parts = self._parts(name)
-            lora = {adapter_files.PREFIX + key: value for key, value in parts.pop("").items()}
-            stock = {"lora_adapter_metadata": _stock_record(spec)}
-            files.write(place / WEIGHTS_NAME, files.safetensors_bytes(lora, {**about, **stock}))
-            for module, tensors in parts.items():
-                files.write(place / adapter_files.full_name(module), files.safetensors_bytes(tensors, about))
+            self._write(place / WEIGHTS_NAME, name, {**(record or {}), "adapters": own, "adapter": name})
         if self.tensors:
-            text = json.dumps(dict(record or {}), sort_keys=True)
-            about = {"format": "pt", "pentimento": text}
-            files.write(folder / adapter_files.TENSORS_NAME, files.safetensors_bytes(self.tensors, about))
+            adapter_files.write(folder / adapter_files.TENSORS_NAME, self.tensors, record or {})
+
+    def save_one(self, file: Path, name: str, record: Mapping[str, Any], *, called: str) -> None:
+        """Write one adapter as the file of a method whose only adapter is ``called`` so; raises ``OSError`` as ``save`` does."""
+        own = {called: specs.described(self.specs[name])}
+        self._write(file, name, {**record, "adapters": own, "adapter": called})
+
+    def _write(self, file: Path, name: str, record: Mapping[str, Any]) -> None:
+        parts = self._parts(name)
+        stock = {"lora_adapter_metadata": specs.stock_record(self.specs[name])}
+        lora = self._published(name, parts.pop(""))
+        adapter_files.write(file, {adapter_files.PREFIX + k: v for k, v in lora.items()}, record, stock)
+        for module, tensors in parts.items():
+            adapter_files.write(file.with_name(adapter_files.full_name(module)), tensors, record)
 
     def load(self, path: Path | str, name: str | None = None) -> None:
         """Load what ``save`` or another tool wrote into the adapters, or into one of them.
@@ -273,17 +275,19 @@ class Adapters:
     def _read(self, file: Path, name: str) -> list[tuple[Tensor, Tensor]]:
         """Pairs of an adapter's own tensors and what is to be copied into them."""
         tensors, alpha = adapter_files.read_lora(file)
-        record = adapter_files.read_record(file)
+        stored = adapter_files.recorded_adapter(file, name)
         parts = {module: {k: p.data for k, p in part.items()} for module, part in self._parts(name).items()}
-        pending = adapter_files.fit(file, f"adapter {name!r}", tensors, parts.pop(""))
         spec = self.specs[name]
+        _check_experts(file, tensors, stored, spec, name)
+        own = self._published(name, parts.pop(""))
+        pending = adapter_files.fit(file, f"adapter {name!r}", tensors, own)
         if alpha is None:
             alpha = adapter_files.recorded_alpha(file, default=float(spec.rank))
         if not math.isclose(alpha, spec.scaled):
             raise UserError(
                 f"{file} was trained with alpha {alpha:g}, adapter {name!r} has {spec.scaled:g}; set alpha={alpha:g}"
             )
-        recorded = record.get("adapters", {}).get(record.get("adapter", name), {}).get("full", [])
+        recorded = stored.get("full", [])
         for module in parts.keys() | {*recorded} | self._beside(file):
             whole = file.with_name(adapter_files.full_name(module))
             if module not in parts:
@@ -294,7 +298,7 @@ class Adapters:
                 )
             else:
                 base = dict(self._modules[module].named_parameters())
-                pending += [(own, base[key].float()) for key, own in parts[module].items()]
+                pending += [(value, base[key].float()) for key, value in parts[module].items()]
         return pending
 
     def _refuse_full(self, whole: Path, module: str, name: str, recorded: list[str]) -> None:
@@ -345,15 +349,23 @@ class Adapters:
             parts[module][key.removeprefix(f"{module}.")] = parameter
         return parts
 
+    def _published(self, name: str, lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's LoRA under the names of its file: each expert by itself."""
+        spec = self.specs[name]
+        return moe.published(lora, spec.experts) if isinstance(spec, ExpertLoRA) else dict(lora)
+
     def _reset(self, name: str, seed: int) -> None:
         spec = self.specs[name]
+        experts = self._expert_layers(spec)
         # Mixed into 32 bits: of a larger seed the CPU's generator would pass over the rest.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         for key, parameter in self._parts(name)[""].items():
             start = torch.zeros(parameter.shape)
-            if ".lora_A." in key and spec.init == "gaussian":
-                start.normal_(0, 1 / spec.rank, generator=generator)
-            elif ".lora_A." in key:
+            layer, _, factor = key.removesuffix(".weight").rpartition(".")
+            if factor == "lora_A" and spec.init == "gaussian":
+                rank = experts[layer].expert_rank if layer in experts else spec.rank
+                start.normal_(0, 1 / rank, generator=generator)
+            elif factor in ("lora_A", "lora_route"):
                 bound = 1 / math.sqrt(parameter[0].numel())
                 start.uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(start)
@@ -379,7 +391,7 @@ class Adapters:
     def _check_targets(self, spec: LoRA) -> None:
         """Each target must name something, and only layers that a LoRA fits on."""
         for target in (spec.targets,) if isinstance(spec.targets, str) else spec.targets:
-            matched = [path for path in self._modules if _matches(spec.targets, target, path)]
+            matched = [path for path in self._modules if specs.matches(spec.targets, target, path)]
             if not matched:
                 raise UserError(
                     f"lora.targets: nothing in {type(self.host).__name__} is called {target!r}{self._nearest(target)}"
@@ -396,10 +408,30 @@ class Adapters:
                     f"lora.full: there is no module {path!r} in {type(self.host).__name__}{self._nearest(path)}"
                 )
             inside = [p for p in self._modules if p == path or p.startswith(f"{path}.")]
-            if any(_hit(spec, p) for p in inside):
+            if any(specs.hit(spec, p) for p in inside):
                 raise UserError(
                     f"lora.full: {path} is trained whole and a target of the LoRA too; name it in one of them"
                 )
+        if isinstance(spec, ExpertLoRA):
+            self._check_expert_targets(spec)
+
+    def _check_expert_targets(self, spec: ExpertLoRA) -> None:
+        layers = self._expert_layers(spec)
+        if not layers:
+            raise UserError(
+                f"lora.expert_targets: {spec.expert_targets!r} matches none of the layers that lora.targets names; without"
+                " experts it is a plain LoRA"
+            )
+        wrong = [path for path in layers if not isinstance(self._modules[path], nn.Linear)]
+        if wrong:
+            kind = type(self._modules[wrong[0]]).__name__
+            raise UserError(f"lora.expert_targets: {wrong[0]} is a {kind}; experts fit on linear layers only")
+
+    def _expert_layers(self, spec: LoRA) -> dict[str, ExpertLoRA]:
+        """Names of the layers that have experts under a spec."""
+        if not isinstance(spec, ExpertLoRA):
+            return {}
+        return {path: spec for path in self._modules if specs.hit_by_experts(spec, path)}
 
     def _nearest(self, wanted: str) -> str:
         paths = [p for p, module in self._modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
@@ -409,56 +441,31 @@ class Adapters:
         return f"; did you mean {', '.join(near)}?"
 
 
-def spec_of(path: Path | str) -> LoRA:
-    """What an adapter file needs to be loaded into: its layers, rank, alpha and modules trained whole.
-
-    Raises:
-        UserError: no LoRA that can be read here, or one of mixed ranks.
-    """
-    file = Path(path)
-    tensors, alpha = adapter_files.read_lora(file)
-    factors = {key: value for key, value in tensors.items() if key.endswith(".lora_B.weight")}
-    ranks = sorted({value.shape[1] for value in factors.values()})
-    if len(ranks) != 1:
+def _check_experts(
+    file: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], spec: LoRA, name: str
+) -> None:
+    """Refuse a file with experts for a plain adapter, the reverse, and other experts, before a list of keys would say so."""
+    found = inspection.experts_of(tensors)
+    if not isinstance(spec, ExpertLoRA):
+        if found:
+            raise UserError(
+                f"{file} has experts ({max(found.values())} in {len(found)} layers), but adapter {name!r} is a plain LoRA; set"
+                f" lora.experts={max(found.values())} to use it as it is. pentimento export RUN --to lora makes it plain"
+            )
+        return
+    if not found:
         raise UserError(
-            f"{file}: {'mixed ranks ' + str(ranks) if ranks else 'no LoRA factors'}; {adapter_files.seems(file)}"
+            f"{file} is a plain LoRA, but adapter {name!r} has {spec.experts} experts; leave lora.experts and the settings"
+            " that go with it out to use it"
         )
-    if alpha is None:
-        alpha = adapter_files.recorded_alpha(file, default=float(ranks[0]))
-    record = adapter_files.read_record(file)
-    full = record.get("adapters", {}).get(record.get("adapter", ""), {}).get("full", [])
-    names = "|".join(re.escape(key.removesuffix(".lora_B.weight")) for key in factors)
-    return LoRA(targets=names, rank=ranks[0], alpha=alpha, full=tuple(full))
-
-
-def _targets(spec: LoRA) -> str | list[str]:
-    return spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)
-
-
-def _matches(targets: str | tuple[str, ...], target: str, path: str) -> bool:
-    """As peft decides: a lone string is a regular expression, those of a list are ends of names."""
-    if not isinstance(targets, str):
-        return path == target or path.endswith(f".{target}")
-    try:
-        return re.fullmatch(target, path) is not None
-    except re.error as error:
-        raise UserError(f"lora.targets: {target!r} is not a regular expression: {error}") from error
-
-
-def _hit(spec: LoRA, path: str) -> bool:
-    return any(
-        _matches(spec.targets, t, path)
-        for t in ([spec.targets] if isinstance(spec.targets, str) else spec.targets)
-    )
-
-
-def _described(spec: LoRA) -> dict[str, Any]:
-    return {"rank": spec.rank, "alpha": spec.scaled, "targets": _targets(spec), "full": list(spec.full)}
-
-
-def _stock_record(spec: LoRA) -> str:
-    """What diffusers makes peft's config of; without it alpha would be taken to be the rank."""
-    record = {"r": spec.rank, "lora_alpha": spec.scaled, "target_modules": _targets(spec), "bias": "none"}
-    return json.dumps(
-        {adapter_files.PREFIX + key: value for key, value in record.items()}, indent=2, sort_keys=True
-    )
+    ranks = [value.shape[0] for key, value in tensors.items() if ".lora_A.expert_" in key]
+    rank = max(ranks, default=spec.expert_rank)
+    # Files of others say nothing of the rest; for alpha they mean the rank.
+    guessed = {"experts": max(found.values()), "expert_rank": rank, "expert_alpha": float(rank)}
+    here, there = specs.described(spec), {**guessed, **stored}
+    for key in ("experts", "expert_rank", "expert_alpha", "top_k", "gate"):
+        own = here[key]
+        if there.get(key, own) != own:
+            raise UserError(
+                f"{file} was trained with {key} {there[key]}, adapter {name!r} has {own}; set lora.{key}={there[key]}"
+            )

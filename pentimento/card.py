@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from . import __version__
+from .adapters import ExpertLoRA
 from .method import Method
 from .recipe import Recipe
 
@@ -11,6 +12,11 @@ FLUX_LICENCE = (
     " under the same licence (https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/blob/main/LICENSE.md)."
 )
 POCKET_LICENCE = "The base model is one of pentimento's pocket models (Apache-2.0); the adapter works with that model only."
+STOCK = 'In stock diffusers, `pipe.load_lora_weights("RUN/weights")` loads it.'
+STOCK_EXPERTS = (
+    "It has experts, which stock diffusers and ComfyUI do not know;"
+    " `pentimento export RUN --to lora --out FILE` makes a plain LoRA of it for them."
+)
 UNKNOWN_LICENCE = (
     "The base model's licence holds for this adapter too. If the weights are FLUX.1 [dev] or FLUX.1 Fill [dev], that is the"
     " FLUX.1 [dev] Non-Commercial License."
@@ -49,7 +55,7 @@ import pentimento
 result = pentimento.load("RUN").edit("picture.png", instruction="...")
 ```
 
-with this folder as `RUN`. In stock diffusers, `pipe.load_lora_weights("RUN/weights")` loads it. {method.usage()}
+with this folder as `RUN`. {STOCK_EXPERTS if _has_experts(method) else STOCK} {method.usage()}
 
 ## Training
 
@@ -76,6 +82,10 @@ def _front_matter(recipe: Recipe) -> str:
             f"license_link: https://huggingface.co/{recipe.backbone.weights}/blob/main/LICENSE.md",
         ]
     return "\n".join(["---", *lines, "---"])
+
+
+def _has_experts(method: Method) -> bool:
+    return any(isinstance(spec, ExpertLoRA) for spec in method.adapters.specs.values())
 
 
 def _licence(weights: str) -> str:

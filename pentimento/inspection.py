@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ FACTORS = re.compile(
     r"lora_(?P<ab>[AB])(?:\.[\w-]+)?\.weight|lora_(?P<word>down|up)\.weight|lora\.(?P<old>down|up)\.weight"
     r"|(?P<xflux>\w+_lora\d?)\.(?P<xword>down|up)\.weight)$"
 )
+# A layer with several LoRAs and a router, as ICEdit's MoE-LoRA and this package name them.
+EXPERT = re.compile(r"^(?P<module>.+)\.lora_(?P<ab>[AB])\.expert_(?P<number>\d+)\.weight$")
+ROUTER = ".lora_route.weight"
+GARBAGE = "leaves in the layers of the experts whatever is in memory"
 DIALECTS = (
     ("lora_unet_", "kohya (sd-scripts)"),
     ("lora_transformer_", "kohya (OneTrainer)"),
@@ -45,6 +49,10 @@ class Adapter:
     """Rank -> how many modules have it."""
     alphas: dict[float, int] = field(default_factory=dict)
     """Alpha -> how many modules have it; empty: the file does not say, and readers take alpha = rank."""
+    experts: dict[int, int] = field(default_factory=dict)
+    """Experts of a layer -> how many layers have so many; empty: a plain LoRA."""
+    expert_ranks: dict[int, int] = field(default_factory=dict)
+    """Rank of each expert -> how many layers."""
     tensors: int = 0
     parameters: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
@@ -120,20 +128,25 @@ def inspect_file(what: str | Path) -> Adapter:
                     scalars[key.removesuffix(".alpha")] = float(tensor)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
-    pairs, full = _pairs(shapes, problems)
+    experts = experts_of(shapes)
+    inner = _expert_ranks(shapes, experts, problems)
+    pairs, full = _pairs({key: shape for key, shape in shapes.items() if not _of_experts(key)}, problems)
+    if not pairs and not experts:
+        problems.append("it holds no LoRA factors")
     ours = own_record(path, metadata)
-    ranks = Counter(rank for rank in pairs.values())
     return Adapter(
         path=path,
-        dialect=_dialect(shapes, pairs),
+        dialect=_dialect(shapes, [*pairs, *experts]),
         method=str(ours.get("method", "")),
         base=_base(ours, metadata, shapes),
-        ranks=dict(sorted(ranks.items())),
+        ranks=dict(sorted(Counter(pairs.values()).items())),
         alphas=dict(sorted(_alphas(scalars, metadata, pairs).items())),
+        experts=dict(sorted(Counter(experts.values()).items())),
+        expert_ranks=dict(sorted(Counter(inner.values()).items())),
         tensors=len(shapes),
         parameters=sum(torch.Size(s).numel() for s in shapes.values()),
         dtypes=dict(dtypes),
-        kinds=dict(Counter(re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", module) for module in pairs)),
+        kinds=dict(Counter(re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", module) for module in [*pairs, *experts])),
         full=tuple(full),
         metadata=metadata,
         ours=ours,
@@ -178,18 +191,50 @@ def _pairs(shapes: Mapping[str, list[int]], problems: list[str]) -> tuple[dict[s
             problems.append(f"{module}: the factors {found['A']} and {found['B']} do not fit together")
         else:
             ranks[module] = found["A"][0]
-    if not sides:
-        problems.append("it holds no LoRA factors")
     return ranks, full
 
 
-def _dialect(shapes: Mapping[str, list[int]], pairs: Mapping[str, int]) -> str:
-    if any("_lora" in module for module in pairs):
+def experts_of(keys: Iterable[str]) -> dict[str, int]:
+    """The layers that have experts by the names of a file's tensors, and how many each has."""
+    numbers: dict[str, set[str]] = {}
+    for key in keys:
+        if match := EXPERT.match(key):
+            numbers.setdefault(match["module"], set()).add(match["number"])
+        elif key.endswith(ROUTER):
+            numbers.setdefault(key.removesuffix(ROUTER), set())
+    return {module: len(found) for module, found in numbers.items()}
+
+
+def _of_experts(key: str) -> bool:
+    return key.endswith(ROUTER) or EXPERT.match(key) is not None
+
+
+def _expert_ranks(
+    shapes: Mapping[str, list[int]], experts: Mapping[str, int], problems: list[str]
+) -> dict[str, int]:
+    """Rank of the experts of each layer that is complete and fits together."""
+    ranks = {}
+    for module, count in experts.items():
+        a, b = ([shapes.get(f"{module}.lora_{f}.expert_{n}.weight", []) for n in range(count)] for f in "AB")
+        router = shapes.get(module + ROUTER, [])
+        if not count or [] in (*a, *b, router):
+            problems.append(f"{module}: an expert or the router is missing or incomplete")
+        elif len({*map(tuple, a)}) > 1 or len({*map(tuple, b)}) > 1 or a[0][0] != b[0][1]:
+            problems.append(f"{module}: the factors of its experts do not fit together")
+        elif router != [count, a[0][1]]:
+            problems.append(f"{module}: the router {router} does not fit {count} experts of {a[0][1]} inputs")
+        else:
+            ranks[module] = a[0][0]
+    return ranks
+
+
+def _dialect(shapes: Mapping[str, list[int]], modules: Sequence[str]) -> str:
+    if any("_lora" in module for module in modules):
         return "x-flux"
     for prefix, name in DIALECTS:
         if any(key.startswith(prefix) for key in shapes):
             return name
-    return "without a prefix" if pairs else "unknown"
+    return "without a prefix" if modules else "unknown"
 
 
 def own_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -240,6 +285,7 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
     """The lines of ``pentimento inspect``: name and value."""
     size = adapter.path.stat().st_size
     types = ", ".join(f"{count} {name}" for name, count in adapter.dtypes.items())
+    kind = ", ".join(["LoRA factors"] + ["experts"] * bool(adapter.experts))
     full = f"{len(adapter.full)} ({', '.join(adapter.full[:4])}{', ...' if len(adapter.full) > 4 else ''})"
     lines = [
         ("file", f"{adapter.path} ({size / 2**20:.2f} MiB)"),
@@ -252,8 +298,9 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("format", adapter.dialect),
         ("rank", _tally(adapter.ranks) or "none"),
         ("alpha", _tally(adapter.alphas) or "not said; readers take alpha = rank"),
+        *_expert_lines(adapter),
         ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
-        ("full", full if adapter.full else "none: LoRA factors only"),
+        ("full", full if adapter.full else f"none: {kind} only"),
     ]
     lines += [("layers", f"{count:>4} x {kind}") for kind, count in adapter.kinds.items()]
     for key, value in adapter.metadata.items():
@@ -264,6 +311,28 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("record", f"{key}: {json.dumps(value, ensure_ascii=False)}") for key, value in adapter.ours.items()
     ]
     return lines
+
+
+def _expert_lines(adapter: Adapter) -> list[tuple[str, str]]:
+    if not adapter.experts:
+        return []
+    recorded = adapter.ours.get("adapters", {}).get(adapter.ours.get("adapter", ""), {})
+    if "top_k" in recorded:
+        top_k = f"{recorded['top_k']}, gate {recorded.get('gate')}"
+    else:
+        top_k = "not stored, 1 as published"
+    if "transformer.experts" in adapter.metadata.get("lora_adapter_metadata", ""):
+        stock = (
+            f"refuses it by its lora_adapter_metadata; a version that reads none {GARBAGE}, without an error"
+        )
+    else:
+        stock = f"loads it without an error, but {GARBAGE}"
+    return [
+        ("experts", f"{_tally(adapter.experts)} in each of {sum(adapter.experts.values())} layers"),
+        ("expert rank", _tally(adapter.expert_ranks) or "none"),
+        ("top-k", top_k),
+        ("elsewhere", f"stock diffusers {stock}; pentimento export RUN --to lora makes a plain one"),
+    ]
 
 
 def _tally(counts: Mapping[Any, int]) -> str:

@@ -284,8 +284,15 @@ def _recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
             " backbone.weights=... for its base model"
         )
     config: dict[str, Any] = {}
-    if "lora" in schema.hints(recipe_.method_class(named[-1]).Config):
-        config["lora"] = schema.plain(adapters.spec_of(file))
+    kind = schema.hints(recipe_.method_class(named[-1]).Config).get("lora")
+    if kind is not None:
+        spec = adapters.spec_of(file)
+        config["lora"] = schema.plain(spec)
+        if isinstance(spec, adapters.ExpertLoRA) and not schema.knows(kind, "experts"):
+            raise UserError(
+                f"{file} has experts ({spec.experts} in a layer), but {named[-1]} edits with a plain LoRA; name the method that"
+                " it was trained by"
+            )
     return {"method": named[-1], "backbone": {}, "config": config}
 
 

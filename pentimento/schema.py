@@ -137,6 +137,12 @@ def section(kind: Any, value: Any = None) -> type | None:
     return classes[0] if classes else None
 
 
+def knows(kind: Any, key: str) -> bool:
+    """Whether a section of this type may hold a key."""
+    cls = section(kind, {key: None})
+    return cls is not None and key in hints(cls)
+
+
 def hints(cls: type) -> dict[str, Any]:
     """Types of a dataclass's fields, in their order."""
     known = typing.get_type_hints(cls)
@@ -218,6 +224,7 @@ def parse(cls: type[T], value: Any, origin: Origin, path: Keys = ()) -> T:
         UserError: the first key that is unknown, missing or of another type, with its meaning and where it stands.
     """
     _check(cls, value, origin, path)
+    value = _chosen(cls, value, origin, path)
     try:
         return TypeAdapter(cls).validate_python(value)
     except ValidationError as error:
@@ -252,6 +259,23 @@ def _check(kind: Any, value: Any, origin: Origin, path: Keys) -> None:
     # Pydantic takes true for 1, which nobody means.
     if isinstance(value, bool) and bool not in _members(kind) and Any not in _members(kind):
         raise UserError(_wrong(kind, value, "", origin, path))
+
+
+def _chosen(cls: type, value: Any, origin: Origin, path: Keys) -> Any:
+    """Sections that may be one of several dataclasses, parsed as the one that ``section`` names.
+
+    Left to pydantic, a mistake in one of them would make it the other without a word, whose keys it all has.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    known, parsed = hints(cls), dict(value)
+    for name in known.keys() & value.keys():
+        inner, chosen = value[name], section(known[name], value[name])
+        if chosen is None or not isinstance(inner, Mapping):
+            continue
+        several = sum(map(dataclasses.is_dataclass, _members(known[name]))) > 1
+        parsed[name] = (parse if several else _chosen)(chosen, inner, origin, (*path, name))
+    return parsed
 
 
 def _meaning(cls: type, name: str) -> str:

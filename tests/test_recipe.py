@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pentimento import recipe, schema
+from pentimento.adapters import ExpertLoRA, LoRA
 from pentimento.errors import UserError
 from pentimento.flux.config import FluxConfig
 from pentimento.recipe import Recipe
@@ -244,3 +245,33 @@ def test_a_recipe_is_frozen(plain: Path) -> None:
     loaded: Recipe = recipe.load(plain)
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.seed = 1  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layers:
+    """One of two sections."""
+
+    lora: LoRA | ExpertLoRA = LoRA(targets="x")
+
+
+def section(**lora: object) -> LoRA:
+    return schema.parse(Layers, {"lora": lora}, schema.Origin(name="mine.yaml"), ("config",)).lora
+
+
+def test_a_section_of_two_kinds_is_the_one_whose_keys_it_has() -> None:
+    assert section(targets="x", rank=3) == LoRA(targets="x", rank=3)
+    assert section(targets="x", experts=3) == ExpertLoRA(targets="x", experts=3)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"experts": "many"}, "config.lora.experts should be a whole number, but the text 'many' was given"),
+        ({"experts": 4, "top_k": 5}, "top_k must be at most the number of experts"),
+        ({"experts": 4, "gate": "softmax"}, "config.lora.gate should be one of topk-softmax, softmax-topk"),
+        ({"expertz": 4}, "config.lora.expertz is not a known key"),
+    ],
+)
+def test_a_mistake_in_a_section_of_two_kinds_does_not_make_it_the_other(lora, said) -> None:
+    with pytest.raises(UserError, match=said):
+        section(targets="x", **lora)
