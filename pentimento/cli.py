@@ -222,7 +222,7 @@ def inspect(
 
 @app.command()
 def world(
-    task: Annotated[str, typer.Option(help="Which edit.")],
+    task: Annotated[str, typer.Option(help="Which edit; several with commas are drawn in turn.")],
     count: Annotated[int, typer.Option(help="Pairs to draw.", min=1)],
     out: Annotated[Path, typer.Option(help="Folder for source/, target/, prompts/ and scenes.jsonl.")],
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",

@@ -15,7 +15,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from .. import images
-from ..adapters import Adapters, LoRA
+from ..adapters import Adapters, ExpertLoRA, LoRA
 from ..errors import UserError
 from ..flux import fill
 from ..flux.backbone import Flux, Posterior, Text
@@ -53,6 +53,15 @@ class DiptychLoRA(LoRA):
     rank: int = 32
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiptychExperts(ExpertLoRA):
+    """The published mixture: four experts of rank 32, one per token, on the layers that leave the feed-forward parts (57 of
+    FLUX.1's); the plain adapter on the others."""
+
+    targets: str | tuple[str, ...] = TARGETS
+    rank: int = 32
+
+
 class ICEdit(Method):
     """One LoRA named ``edit`` on FLUX.1 Fill, plain or with experts."""
 
@@ -84,8 +93,10 @@ class ICEdit(Method):
         offset_noise: float = 0.0
         """Strength of noise that is the same everywhere in a picture, added to the noise while training (published: 0,
         optionally 0.1)."""
-        lora: DiptychLoRA = field(default_factory=DiptychLoRA)
-        """The trained layers."""
+        lora: DiptychLoRA | DiptychExperts = field(default_factory=DiptychLoRA)
+        """The trained layers. With experts: lora.experts and the keys that go with it."""
+        balance_weight: float = 0.0
+        """Weight of the Switch transformer's load-balancing loss (arXiv:2101.03961) among experts; 0: none, as published."""
 
         def __post_init__(self) -> None:
             if self.resolution is not None and (self.resolution < MULTIPLE or self.resolution % MULTIPLE):
@@ -98,9 +109,11 @@ class ICEdit(Method):
                 raise ValueError(f"prompt_template must hold {{prompt}} once: {self.prompt_template!r}")
             if self.steps < 1:
                 raise ValueError(f"steps must be at least 1, but it is {self.steps}")
-            for name in ("guidance", "sampling_guidance", "offset_noise"):
+            for name in ("guidance", "sampling_guidance", "offset_noise", "balance_weight"):
                 if not 0 <= getattr(self, name) < math.inf:
                     raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
+            if self.balance_weight and not isinstance(self.lora, ExpertLoRA):
+                raise ValueError("balance_weight is for experts; set lora.experts, or leave it out")
 
     def __init__(self, backbone: Flux, config: Config):
         if backbone.variant != self.variant:
@@ -191,7 +204,20 @@ class ICEdit(Method):
         if self.config.loss_on == "right":
             columns = batch["x0_mean"].shape[-1] // 2
             error = error.unflatten(1, (-1, columns))[:, :, columns // 2 :]
-        yield "flow", error.mean()
+        loss = error.mean()
+        if not isinstance(self.config.lora, ExpertLoRA):
+            yield "flow", loss
+            return
+        usage = self.adapters.expert_usage(ADAPTER)
+        if self.config.balance_weight:
+            balance = self.adapters.balance(ADAPTER)
+            # One sum and not two losses: both come from one forward pass, whose graph the first would free.
+            yield "flow_and_balance", loss + self.config.balance_weight * balance
+            yield "balance", balance.detach()
+            yield "flow", loss.detach()
+        else:
+            yield "flow", loss
+        yield from ((f"expert_{number}", share) for number, share in enumerate(usage))
 
     def predict(self, batch: dict[str, Tensor], draws: "Draws") -> tuple[Tensor, Tensor]:
         """Velocity ``(B, T, 64)`` at a random time with the adapter on, and what it should be.

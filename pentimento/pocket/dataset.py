@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..images import from_tensor, save_image
 from .render import render
-from .tasks import Case, cases
+from .tasks import Case, mixture
 
 CASES_FILE = "scenes.jsonl"
 SIZES = (32, 1024)
@@ -25,7 +25,7 @@ def write(
     out: Path,
     progress: Callable[[int], None] | None = None,
 ) -> list[Case]:
-    """Draw ``count`` pairs of a task; equal arguments give equal files.
+    """Draw ``count`` pairs of a task, or of several with commas between them, in turn; equal arguments give equal files.
 
     Raises:
         UserError: an unknown task or split, a count or size out of range, a folder that holds something else.
@@ -34,7 +34,7 @@ def write(
         raise UserError(f"count must be between 1 and 100000, not {count}")
     if not SIZES[0] <= size <= SIZES[1] or size % 16:
         raise UserError(f"size must be a multiple of 16 between {SIZES[0]} and {SIZES[1]}, not {size}")
-    chosen = list(itertools.islice(cases(task, split, seed), count))
+    chosen = list(itertools.islice(mixture(task, split, seed), count))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another with --out")
     try:

@@ -5,6 +5,7 @@ A task is a function ``(scene, rng) -> Edit | None``; ``None`` means that the sc
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any
 
 import numpy as np
@@ -392,3 +393,16 @@ def cases(task: str, split: str = "train", seed: int = 0) -> Iterator[Case]:
             instruction=edit.instructions[which], source_prompt=captions.caption(source, which),
             target_prompt=captions.caption(edit.target, which),
         )  # fmt: skip
+
+
+def mixture(names: str, split: str = "train", seed: int = 0) -> Iterator[Case]:
+    """The pairs of one task, or of several with commas between them: in turn, each key with its task in front."""
+    tasks = [name.strip() for name in names.split(",")]
+    if len(tasks) == 1:
+        yield from cases(names, split, seed)
+        return
+    if twice := {name for name in tasks if tasks.count(name) > 1}:
+        raise UserError(f"task {min(twice)!r} is named twice in {names!r}")
+    for together in zip(*(cases(name, split, seed) for name in tasks), strict=True):
+        for case in together:
+            yield changed(case, key=f"{case.task}-{case.key}")

@@ -12,7 +12,7 @@ from pentimento.errors import UserError
 from pentimento.flux import sampling
 from pentimento.flux.backbone import Flux
 from pentimento.method import EditSettings, Example
-from pentimento.methods.icedit import TEMPLATE, DiptychLoRA, ICEdit
+from pentimento.methods.icedit import TEMPLATE, DiptychExperts, DiptychLoRA, ICEdit
 
 Config = ICEdit.Config
 SMALL = DiptychLoRA(rank=2)
@@ -246,3 +246,36 @@ def test_views_are_what_fill_is_given(method, pairs):
     assert {v.size for v in views.values()} == {(64, 32)}
     assert torch.equal(made.flux.encode_images([views["target"]]).mean, made.encode(pairs[:1])["x0_mean"])
     assert sampling.pack_mask(images.mask_to_tensor([views["mask-white-changes"]])).shape == (1, 8, 256)
+
+
+EXPERTS = DiptychExperts(rank=2, expert_rank=2)
+
+
+def test_experts_train_and_their_usage_is_told(method, pairs):
+    made = method(lora=EXPERTS)
+    trained = made.adapters.train("edit")
+    losses = dict(made.losses(encoded(made, pairs), Noise(1, 2, 3)))
+    assert list(losses) == ["flow", "expert_0", "expert_1", "expert_2", "expert_3"]
+    assert sum(losses[f"expert_{i}"].item() for i in range(4)) == pytest.approx(1)
+    losses["flow"].backward()
+    routers = [p for n, p in made.flux.transformer.named_parameters() if "lora_route" in n]
+    assert len(routers) == 4 and all(p.grad is None or not p.grad.any() for p in routers), (
+        "top 1: no gradient"
+    )
+    assert len(trained) > 8
+
+
+def test_the_balancing_loss_reaches_the_routers(method, pairs):
+    made = method(lora=EXPERTS, balance_weight=0.5)
+    made.adapters.train("edit")
+    losses = dict(made.losses(encoded(made, pairs), Noise(1, 2, 3)))
+    total = losses["flow"] + 0.5 * losses["balance"]
+    torch.testing.assert_close(losses["flow_and_balance"], total)
+    losses["flow_and_balance"].backward()
+    routers = [p for n, p in made.flux.transformer.named_parameters() if "lora_route" in n]
+    assert all(p.grad is not None and p.grad.any() for p in routers)
+
+
+def test_a_balancing_loss_needs_experts():
+    with pytest.raises(ValueError, match="balance_weight is for experts"):
+        Config(balance_weight=0.1)

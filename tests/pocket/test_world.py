@@ -193,6 +193,16 @@ def test_a_data_set_on_disk_is_complete_and_repeatable(tmp_path):
     assert Image.open(tmp_path / "a" / "source" / f"{chosen[0].key}.png").size == (64, 64)
 
 
+def test_several_tasks_take_turns(tmp_path: Path) -> None:
+    chosen = dataset.write("add, remove,background", 7, size=32, out=tmp_path / "mixed")
+    assert [c.task for c in chosen] == ["add", "remove", "background"] * 2 + ["add"]
+    assert len({c.key for c in chosen}) == 7 and all(c.key.startswith(c.task) for c in chosen)
+    alone = list(itertools.islice(tasks.cases("remove"), 2))
+    assert [c.instruction for c in chosen if c.task == "remove"] == [c.instruction for c in alone]
+    with pytest.raises(UserError, match="named twice"):
+        dataset.write("add,add", 2, out=tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
