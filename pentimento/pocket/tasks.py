@@ -359,11 +359,12 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
-def cases(task: str, split: str = "train", seed: int = 0) -> Iterator[Case]:
+def cases(task: str, split: str = "train", seed: int = 0, phrasing: int | None = None) -> Iterator[Case]:
     """The pairs of a task, without end: scenes of the split's own seeds, in an order that ``seed`` chooses.
 
     In the train split no scene, before or after, holds a held-out combination, and only training phrasings occur.
-    Elsewhere half of the instructions and captions use the phrasing that training never saw.
+    Elsewhere half of the instructions and captions use the phrasing that training never saw. ``phrasing`` fixes one for all
+    (0 to 2, or 3, the unseen one): the same edits in other words.
     """
     if task not in TASKS:
         raise UserError(f"task {task!r} is unknown; the tasks are {', '.join(TASKS)}")
@@ -388,6 +389,7 @@ def cases(task: str, split: str = "train", seed: int = 0) -> Iterator[Case]:
             if split == "train"
             else int(rng.choice([0, 1, 2, 3], p=[1 / 6, 1 / 6, 1 / 6, 1 / 2]))
         )
+        which = which if phrasing is None else phrasing
         yield Case(
             key=f"{number:06d}", task=task, seed=number, source=source, target=edit.target, wanted=wanted,
             instruction=edit.instructions[which], source_prompt=captions.caption(source, which),
