@@ -230,12 +230,17 @@ class Adapters:
         own = {called: specs.described(self.specs[name])}
         self._write(file, name, {**record, "adapters": own, "adapter": called})
 
+    def file_tensors(self, name: str) -> dict[str, Tensor]:
+        """What ``save`` writes into an adapter's main file."""
+        lora = self._published(name, self._parts(name)[""])
+        return {adapter_files.PREFIX + key: value.data for key, value in lora.items()}
+
     def _write(self, file: Path, name: str, record: Mapping[str, Any]) -> None:
-        parts = self._parts(name)
         stock = {"lora_adapter_metadata": specs.stock_record(self.specs[name])}
-        lora = self._published(name, parts.pop(""))
-        adapter_files.write(file, {adapter_files.PREFIX + k: v for k, v in lora.items()}, record, stock)
-        for module, tensors in parts.items():
+        adapter_files.write(file, self.file_tensors(name), record, stock)
+        for module, tensors in self._parts(name).items():
+            if not module:
+                continue
             adapter_files.write(file.with_name(adapter_files.full_name(module)), tensors, record)
 
     def load(self, path: Path | str, name: str | None = None) -> None:

@@ -221,6 +221,35 @@ def inspect(
 
 
 @app.command()
+def export(
+    what: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder; an adapter file unless --to lora.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For lora: rank, steps, lr, batch_size.")
+    ] = None,
+    *,
+    to: Annotated[str, typer.Option(help="diffusers, comfyui, or lora: experts made plain.")],
+    out: Annotated[Path, typer.Option(help="A .safetensors file, or a folder for one.")],
+) -> None:
+    """Write an adapter for other programs.
+
+    The file is read back by stock diffusers and compared. An adapter with experts is made a plain LoRA by --to lora,
+    which says what is lost.
+    """
+    from . import export as exporting
+
+    try:
+        done = exporting.export(what, to, out, overrides or ())
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped; nothing was written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    for name, value in done.lines:
+        print(f"{name:<12}{value}")
+    print(done.file)
+
+
+@app.command()
 def world(
     task: Annotated[str, typer.Option(help="Which edit; several with commas are drawn in turn.")],
     count: Annotated[int, typer.Option(help="Pairs to draw.", min=1)],

@@ -101,7 +101,7 @@ def _train(
         if watched:
             watched.precompute(advance, release=False)
         samples.precompute(advance)
-    settings = train.Run(out=out, seed=recipe.seed, precision=_precision(method), record=record)
+    settings = train.Run(out=out, seed=recipe.seed, precision=precision_of(method), record=record)
     with contextlib.ExitStack() as open_files:
         monitor = None
         if main:
@@ -126,7 +126,7 @@ def _watches(recipe: Recipe) -> bool:
     return recipe.watch.every > 0 or recipe.watch.loss_every > 0
 
 
-def _precision(method: Method) -> train.Precision:
+def precision_of(method: Method) -> train.Precision:
     """Of the frozen model: the dtype of its largest weight, since adapters are float32 always."""
     return PRECISIONS[max(method.adapters.host.parameters(), key=torch.Tensor.numel).dtype]
 
@@ -225,7 +225,7 @@ def load(
     )
     changes += overrides
     if (path / runfolder.RECIPE).is_file():
-        place = checkpoint.at(path, at).folder if at is not None else _final_weights(path)
+        place = checkpoint.at(path, at).folder if at is not None else final_weights(path)
         recipe = recipe_.load(path)
         plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
         return _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
@@ -236,10 +236,10 @@ def load(
     if not path.exists() and str(what) in shipped():
         raise UserError(f"{what} is a recipe; train it first: pentimento train {what} data.root=FOLDER")
     place = inspection.find(path)
-    return _editor(_recorded_setup(place, changes), place, place, changes)
+    return _editor(recorded_setup(place, changes), place, place, changes)
 
 
-def _final_weights(run: Path) -> Path:
+def final_weights(run: Path) -> Path:
     if next((run / runfolder.WEIGHTS).rglob(inspection.WEIGHTS_NAME), None) is not None:
         return run / runfolder.WEIGHTS
     saved = [str(s.step) for s in checkpoint.saved_steps(run)]
@@ -271,7 +271,7 @@ def _record(place: Path) -> dict[str, Any]:
     return inspection.own_record(file, inspection.read_metadata(file))
 
 
-def _recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Method, base model and settings as a file records them; of a file of others as far as its weights tell."""
     record = _record(file)
     if record:

@@ -171,6 +171,12 @@ class Draws:
             self.device
         )
 
+    def twin(self) -> "Draws":
+        """Draws that go on with the same numbers: for a second prediction from the same noise."""
+        twin = Draws((), self.device)
+        twin.generators = [generator.clone_state() for generator in self.generators]
+        return twin
+
 
 def derive(*key: int | str) -> int:
     """A seed of 63 bits from a key; keys that differ anywhere give unrelated seeds."""
