@@ -372,15 +372,17 @@ def test_missing_and_unknown_keys(tmp_path):
     published(tmp_path)
     rewrite(tmp_path, lambda k, v: [] if "blocks.1.attn.to_q" in k else [(k.replace("to_k", "to_key"), v)])
     said = refused(tmp_path)
-    assert "12 of 16 keys are missing (transformer_blocks.0.attn.to_k.lora_A.weight, " in said
-    assert "8 keys are not known (" in said and "to_key" in said
+    assert "missing: 12 of 16 keys (transformer_blocks.0.attn.to_k.lora_A.weight, " in said
+    assert "not known: 8 keys (" in said and "to_key" in said
     assert "keys as diffusers, rank 4" in said
 
 
 def test_another_rank(tmp_path):
     published(tmp_path, rank=2)
     said = refused(tmp_path)
-    assert "16 have another shape" in said and "is (2, 32) there, (4, 32) here" in said and "rank 2" in said
+    assert (
+        "of another shape: 16 keys" in said and "is (2, 32) there, (4, 32) here" in said and "rank 2" in said
+    )
 
 
 def test_another_alpha(tmp_path):
