@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import data, images, progress
+from . import data, images, progress, tracking
 from .errors import UserError
 from .method import Method
 from .recipe import Recipe, method_class
@@ -69,6 +69,8 @@ def plan(recipe: Recipe) -> Plan:
         held_out=len(held),
         prompts=len({row.prompt for row in training}),
         buckets=buckets,
+    if recipe.watch.wandb is not None:
+        tracking.check()
         trainable=None if method is None else trainable(method, recipe),
     )
 

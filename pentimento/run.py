@@ -23,6 +23,7 @@ from . import (
     progress,
     runfolder,
     schema,
+    tracking,
     train,
 )
 from . import recipe as recipe_
@@ -58,7 +59,8 @@ def train_run(
         init: an adapter (file, folder of several, or run folder) to start from; not together with ``resume``.
 
     Raises:
-        UserError: a used folder without ``resume``, changed settings with it, bad data, weights or adapters.
+        UserError: a used folder without ``resume``, changed settings with it, bad data, weights or adapters, or Weights &
+            Biases asked for without being logged in.
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
     out = Path(out)
@@ -72,6 +74,8 @@ def train_run(
         if state.is_main_process:
             held.enter_context(runfolder.locked(out))
             runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
+            if recipe.watch.wandb is not None:
+                tracking.check()
             with progress.bar("decoding pictures") as advance:
                 data.verify([*rows, *held_out], advance)
         state.wait_for_everyone()
@@ -105,8 +109,15 @@ def _train(
     with contextlib.ExitStack() as open_files:
         monitor = None
         if main:
+            project = recipe.watch.wandb
             monitor = Monitor(
-                method, out, watch=recipe.watch, held_out=watched, measure=measure, seed=recipe.seed
+                method,
+                out,
+                watch=recipe.watch,
+                held_out=watched,
+                measure=measure,
+                seed=recipe.seed,
+                board=None if project is None else tracking.Board(project, out, schema.plain(recipe)),
             )
             open_files.enter_context(monitor)
         train.train(method, recipe.stages, samples, settings, monitor)
