@@ -19,7 +19,7 @@ LICENCES = (
     " derivatives. Accept it at https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev",
 )
 HUB_MODELS = ("black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.1-dev")
-WORKING_EXTRAS = {"data", "bnb", "torchao", "wandb", "ui"}
+WORKING_EXTRAS = {"data", "bnb", "torchao", "gguf", "wandb", "ui"}
 """Extras that commands use; those for the project's own development are not missed by anyone."""
 
 

@@ -209,7 +209,8 @@ def _base(ours: Mapping[str, Any], metadata: Mapping[str, str], shapes: Mapping[
     """The base model by what the file says of itself, else by the names of its layers."""
     backbone = ours.get("backbone")
     if isinstance(backbone, dict):
-        return " ".join(str(backbone[key]) for key in ("family", "variant", "weights") if key in backbone)
+        keys = ("family", "variant", "weights", "transformer_file")
+        return " ".join(str(backbone[key]) for key in keys if key in backbone)
     for key in ("modelspec.architecture", "ss_base_model_version", "base_model", "baseModel"):
         if metadata.get(key):
             return metadata[key]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import data, images, progress, tracking
 from .errors import UserError
+from .flux.config import FluxConfig
 from .method import Method
 from .recipe import Recipe, method_class
 from .runfolder import write_text
@@ -31,6 +32,7 @@ class Plan:
         """The plan in words."""
         recipe = self.recipe
         yield f"method     {recipe.method} on {recipe.backbone.weights}"
+        yield from _loaded(recipe.backbone)
         yield (
             f"data       {recipe.data.root}: {self.samples} pairs to train on, {self.held_out} held out,"
             f" {self.prompts} different prompts; every picture was decoded"
@@ -51,12 +53,24 @@ class Plan:
             )
 
 
+def _loaded(backbone: FluxConfig) -> Iterator[str]:
+    """What is loaded otherwise than the whole folder onto the device."""
+    named = {"transformer": backbone.transformer_file, "T5 text encoder": backbone.text_encoder_file}
+    for part, file in named.items():
+        if file is not None:
+            yield f"           {part} from {file} ({Path(file).expanduser().stat().st_size / 2**30:.2f} GiB)"
+    if backbone.offload == "model":
+        yield "           encoders and transformer take turns on the device; they wait in main memory"
+
+
 def plan(recipe: Recipe) -> Plan:
     """Check recipe and data completely, every picture decoded.
 
     Raises:
         UserError: whatever would stop the training that can be known without weights.
     """
+    if recipe.watch.wandb is not None:
+        tracking.check()
     rows = data.open_data(recipe.data)
     training, held = data.held_out(rows, recipe.data)
     with progress.bar("decoding pictures") as advance:
@@ -69,8 +83,6 @@ def plan(recipe: Recipe) -> Plan:
         held_out=len(held),
         prompts=len({row.prompt for row in training}),
         buckets=buckets,
-    if recipe.watch.wandb is not None:
-        tracking.check()
         trainable=None if method is None else trainable(method, recipe),
     )
 

@@ -138,8 +138,10 @@ def _watches(recipe: Recipe) -> bool:
 
 
 def _precision(method: Method) -> train.Precision:
-    """Of the frozen model: the dtype of its largest weight, since adapters are float32 always."""
-    return PRECISIONS[max(method.adapters.host.parameters(), key=torch.Tensor.numel).dtype]
+    """Of the frozen model: the dtype of its largest weight that is not packed; adapters are float32 always."""
+    own = {id(p) for p in method.adapters.parameters(*method.adapters.specs)}
+    frozen = [p for p in method.adapters.host.parameters() if id(p) not in own and p.is_floating_point()]
+    return PRECISIONS[max(frozen, key=torch.Tensor.numel).dtype]
 
 
 def measure(example: Example, result: Image) -> dict[str, float]:
@@ -305,5 +307,11 @@ def _notes(record: Mapping[str, Any], method: Method) -> list[str]:
     if trained.get("digest") == here.get("digest") or not trained:
         return []
     return [
-        f"this adapter was trained on {trained.get('weights')}, whose weights differ from those of {here.get('weights')}"
+        f"this adapter was trained on {_base_name(trained)}, whose weights differ from those of {_base_name(here)}"
     ]
+
+
+def _base_name(base: Mapping[str, Any]) -> str:
+    """A base model as its record names it."""
+    file = base.get("transformer_file")
+    return f"{base.get('weights')}{f' with {file}' if file else ''}"
