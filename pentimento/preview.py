@@ -57,8 +57,10 @@ def _loaded(backbone: FluxConfig) -> Iterator[str]:
     """What is loaded otherwise than the whole folder onto the device."""
     named = {"transformer": backbone.transformer_file, "T5 text encoder": backbone.text_encoder_file}
     for part, file in named.items():
+        path = Path(file or "").expanduser()
         if file is not None:
-            yield f"           {part} from {file} ({Path(file).expanduser().stat().st_size / 2**30:.2f} GiB)"
+            size = f" ({path.stat().st_size / 2**30:.2f} GiB)" if path.is_file() else ""
+            yield f"           {part} from {file}{size}"
     if backbone.offload == "model":
         yield "           encoders and transformer take turns on the device; they wait in main memory"
 

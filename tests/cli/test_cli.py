@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import packed
 import pytest
 import torch
 from PIL import Image
@@ -51,6 +53,25 @@ def test_dry_run_counts_what_training_trains(
     inspected = call("inspect", trained).stdout
     count = printed.split("edit trains edit: ")[1].split(" parameters")[0]
     assert f"{count} parameters" in inspected
+
+
+def test_dry_run_says_what_is_loaded_otherwise(
+    call: Callable[..., Result], refuse, settings: list[str], tiny_fill: Path, tmp_path: Path
+) -> None:
+    transformer = packed.write_transformer(tmp_path / "fill.gguf", tiny_fill)
+    text = packed.write_text_encoder(tmp_path / "t5.gguf", tiny_fill)
+    changes = [f"backbone.transformer_file={transformer}", f"backbone.text_encoder_file={text}"]
+    plain = call("train", "influxedit-edit", *settings, "--dry-run").stdout.splitlines()
+    dry = call("train", "influxedit-edit", *settings, *changes, "backbone.offload=model", "--dry-run").stdout
+    assert [line.strip() for line in dry.splitlines() if line not in plain] == [
+        f"transformer from {transformer} ({transformer.stat().st_size / 2**30:.2f} GiB)",
+        f"T5 text encoder from {text} ({text.stat().st_size / 2**30:.2f} GiB)",
+        "encoders and transformer take turns on the device; they wait in main memory",
+    ]
+    absent = f"backbone.transformer_file={tmp_path / 'absent.gguf'}"
+    assert "absent.gguf' on this machine" in refuse(
+        "train", "influxedit-edit", *settings, absent, "--dry-run"
+    )
 
 
 def test_dry_run_without_the_models_configuration(call: Callable[..., Result], settings: list[str]) -> None:
@@ -235,6 +256,19 @@ def test_doctor_says_what_there_is_and_never_a_token(
     for words in ("python", "torch", "cpu", "wandb", "hub cache", "set in the environment", "Non-Commercial"):
         assert words in printed
     assert "hf_secret" not in printed
+
+
+def test_doctor_lists_every_extra_that_commands_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pentimento import doctor
+
+    described = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = described["optional-dependencies"]
+    lines = [f'{line}; extra == "{name}"' for name, several in extras.items() for line in several]
+    monkeypatch.setattr(doctor, "_requirements", lambda: lines)
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    found = {f.name: f.value for f in doctor.examine() if f.topic == "extras"}
+    assert found.keys() == extras.keys() - {"test", "dev"} == doctor.WORKING_EXTRAS
+    assert found["gguf"] == "not installed; pip install 'pentimento[gguf]'"
 
 
 def test_world_draws_a_data_set_that_can_be_trained_on(
