@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import UserError
+from .errors import UserError, counted
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
@@ -270,4 +270,4 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
 def _tally(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return f"{next(iter(counts)):g}"
-    return ", ".join(f"{value:g} ({count} modules)" for value, count in counts.items())
+    return ", ".join(f"{value:g} ({counted(count, 'module')})" for value, count in counts.items())

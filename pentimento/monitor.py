@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from . import files, images
 from .cache import Samples
-from .errors import UserError
+from .errors import UserError, counted
 from .method import EditSettings, Example, Method
 from .tracking import Board
 from .train import Draws, Report
@@ -270,7 +270,7 @@ class Display:
             self._task = self.bar.add_task(report.stage, total=report.steps, completed=report.step, values="")
         else:
             self._line(
-                f"{report.stage}: {report.steps - report.step} steps"
+                f"{report.stage}: {counted(report.steps - report.step, 'step')}"
                 + (f" from {report.step}" * bool(report.step))
             )
 

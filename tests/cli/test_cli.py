@@ -39,7 +39,7 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(
     call: Callable[..., Result], settings: list[str], tmp_path: Path
 ) -> None:
     printed = call("train", "influxedit-edit", *settings, "--dry-run").stdout
-    assert "4 pairs to train on, 2 held out, 1 different prompts" in printed
+    assert "4 pairs to train on, 2 held out, 1 different prompt;" in printed
     assert "64x48 (4 pairs)" in printed
     assert "edit trains edit: " in printed
     assert "2 steps of 1 x 1 samples" in printed
