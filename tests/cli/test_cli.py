@@ -10,7 +10,7 @@ from pathlib import Path
 import packed
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -190,6 +190,31 @@ def test_edit_takes_a_published_adapter_when_the_method_is_named(
     )
     call("edit", trained, photo, "--out", "run.png", "--instruction", "x")
     assert Path("published.png").read_bytes() == Path("run.png").read_bytes()
+
+
+def test_edit_takes_icedits_published_file(
+    call: Callable[..., Result], photo: Path, tiny_fill: Path, tmp_path: Path
+) -> None:
+    """bfloat16 factors of rank 32 with neither alpha nor metadata, also on the input layer and on modulations; on GGUF too."""
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(tiny_fill / "transformer" / "diffusion_pytorch_model.safetensors")
+    published = {}
+    for layer in ("x_embedder", "transformer_blocks.0.norm1.linear", "single_transformer_blocks.1.attn.to_q"):
+        rows, columns = weights[f"{layer}.weight"].shape
+        a, b = (0.2 * torch.randn(shape, generator=generator) for shape in ((32, columns), (rows, 32)))
+        published[f"transformer.{layer}.lora_A.weight"] = a.bfloat16()
+        published[f"transformer.{layer}.lora_B.weight"] = b.bfloat16()
+    save_file(published, tmp_path / "pytorch_lora_weights.safetensors")
+    gguf = packed.write_transformer(tmp_path / "fill.gguf", tiny_fill, packed.Kind.F32)
+    common = ("method=influxedit", "config.mode=split", "config.steps=2", "config.max_sequence_length=16")
+    where = (f"backbone.weights={tiny_fill}", "backbone.device=cpu", "--instruction", "x")
+    command = ("edit", tmp_path / "pytorch_lora_weights.safetensors", photo, *common, *where)
+    call(*command, "--scale", "0,1", "--out", "plain")
+    call(*command, f"backbone.transformer_file={gguf}", "backbone.offload=model", "--out", "packed.png")
+    base, changed = (Image.open(f"plain/photo-scale{scale}.png").convert("RGB") for scale in (0, 1))
+    assert max(high for _, high in ImageChops.difference(base, changed).getextrema()) > 20
+    from_gguf = Image.open("packed.png").convert("RGB")
+    assert max(high for _, high in ImageChops.difference(from_gguf, changed).getextrema()) <= 1
 
 
 def test_inspect_tells_what_a_run_holds(call: Callable[..., Result], trained: Path) -> None:
