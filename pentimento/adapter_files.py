@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import files, inspection
-from .errors import UserError
+from .errors import UserError, counted, some
 
 PREFIX = "transformer."
 """What diffusers puts before the keys of a transformer's LoRA."""
 TENSORS_NAME = "tensors.safetensors"
-SHOWN = 3
+Shape = tuple[int, ...]
 
 
 def full_name(module: str) -> str:
@@ -83,27 +83,26 @@ def fit(
     file: Path, what: str, found: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Pairs of own and found tensors; everything that does not fit is one error."""
-    missing, unexpected = [k for k in own if k not in found], [k for k in found if k not in own]
-    shapes = [
-        (k, tuple(found[k].shape), tuple(own[k].shape))
-        for k in own
-        if k in found and found[k].shape != own[k].shape
-    ]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(own)} keys are missing ({_some(missing)})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} keys are not known ({_some(unexpected)})")
-    if shapes:
-        some = [f"{key} is {theirs} there, {ours} here" for key, theirs, ours in shapes]
-        problems.append(f"{len(shapes)} have another shape ({_some(some)})")
-    if problems:
+    shapes, wanted = ({key: tuple(value.shape) for key, value in side.items()} for side in (found, own))
+    if problems := misfits(shapes, wanted):
         raise UserError(f"{file} does not fit {what}: {'; '.join(problems)}. {seems(file)}")
     return [(own[key], found[key]) for key in own]
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+def misfits(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
+    """What keeps tensors from being taken, by their names and shapes."""
+    missing, unknown = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
+    shapes = [
+        f"{k} is {found[k]} there, {wanted[k]} here" for k in wanted if k in found and found[k] != wanted[k]
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing: {len(missing)} of {counted(len(wanted), 'key')} ({some(missing)})")
+    if unknown:
+        problems.append(f"not known: {counted(len(unknown), 'key')} ({some(unknown)})")
+    if shapes:
+        problems.append(f"of another shape: {counted(len(shapes), 'key')} ({some(shapes)})")
+    return problems
 
 
 def seems(file: Path) -> str:

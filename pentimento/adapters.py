@@ -412,6 +412,11 @@ class Adapters:
                 raise UserError(
                     f"lora.full: there is no module {path!r} in {type(self.host).__name__}{self._nearest(path)}"
                 )
+            if not all(p.is_floating_point() for p in self._modules[path].parameters()):
+                raise UserError(
+                    f"lora.full: {path} is packed in a few bits, and so cannot be trained whole; leave it out, or take weights that "
+                    "are not packed (for FLUX: without backbone.transformer_file)"
+                )
             inside = [p for p in self._modules if p == path or p.startswith(f"{path}.")]
             if any(specs.hit(spec, p) for p in inside):
                 raise UserError(

@@ -77,13 +77,17 @@ class Samples:
         return dict(sorted(buckets.items()))
 
     def precompute(self, progress: Progress | None = None, *, release: bool = True) -> None:
-        """Encode all that is not cached yet, then (``release``) let the method free its encoders.
+        """Encode all that is not cached yet, if anything is; then (``release``) let the method free its encoders.
 
         ``progress`` is called with the number of entries done and of all. Each process of a training fills its own memory;
         a folder they fill together, each beginning elsewhere and reading what another has done.
         """
-        if not self.cached:
-            return
+        if self.cached:
+            self._fill(progress)
+        if release:
+            self.method.release_encoders()
+
+    def _fill(self, progress: Progress | None) -> None:
         prompts = list(dict.fromkeys(row.prompt for row in self.rows))
         if self.caption_dropout > 0:
             prompts = list(dict.fromkeys([*prompts, ""]))
@@ -99,8 +103,6 @@ class Samples:
             self._text(prompt)
             if progress:
                 progress(done, total)
-        if release:
-            self.method.release_encoders()
 
     def stream(self, batches: Iterable[list[int]]) -> Iterator[Loaded]:
         """The batches in their order; without a cache, workers load their pictures ahead."""

@@ -1,6 +1,8 @@
 """The README of a run folder: a model card that says what was trained, on what, under which licence, and how to use it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .adapters import ExpertLoRA
@@ -38,7 +40,7 @@ def write(recipe: Recipe, method: Method) -> str:
 
 An adapter for picture editing, trained with pentimento {__version__} by the method `{recipe.method}`.
 
-**Base model and licence.** {base.get("family", "")} {base.get("variant", "")}, weights `{base.get("weights", "")}`.
+**Base model and licence.** {base.get("family", "")} {base.get("variant", "")}, weights `{base.get("weights", "")}`{_packed(base)}.
 {_licence(recipe.backbone.weights)}
 
 ## Use
@@ -92,6 +94,11 @@ def _licence(weights: str) -> str:
     if weights == "pocket":
         return POCKET_LICENCE
     return FLUX_LICENCE if weights.startswith("black-forest-labs/") else UNKNOWN_LICENCE
+
+
+def _packed(base: Mapping[str, Any]) -> str:
+    file = base.get("transformer_file")
+    return f" with the transformer of `{file}`" if file else ""
 
 
 def _cell(value: object) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import images
-from .errors import UserError
+from .errors import UserError, counted
 from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_side_by_side
 from .method import Example
 
@@ -119,7 +119,7 @@ def open_data(config: DataConfig) -> list[Row]:
     bare = [one.key for one in found if not one.prompt]
     if bare and config.prompt is None:
         raise UserError(
-            f"{root}: {len(bare)} of {len(found)} pairs have no prompt; it is looked for in {where}. Write the prompts "
+            f"{root}: no prompt for {len(bare)} of {counted(len(found), 'pair')}; it is looked for in {where}. Write the prompts "
             f'there, or give all the same with data.prompt="..." ("" trains without).{listed(bare)}'
         )
     rows, problems = [], []
@@ -129,7 +129,9 @@ def open_data(config: DataConfig) -> list[Row]:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError(f"{root}: {len(problems)} of {len(found)} pairs cannot be used:{listed(problems)}")
+        raise UserError(
+            f"{root}: {len(problems)} of {counted(len(found), 'pair')} cannot be used:{listed(problems)}"
+        )
     return rows
 
 
@@ -177,7 +179,7 @@ def held_out(rows: Sequence[Row], config: DataConfig) -> tuple[list[Row], list[R
         )
     if 2 * config.held_out > len(rows):
         raise UserError(
-            f"data.held_out={config.held_out} would keep more than half of the {len(rows)} pairs from training; set it "
+            f"data.held_out={config.held_out} would keep more than half of {counted(len(rows), 'pair')} from training; set it "
             "lower (0 trains on all), or name other pairs with data.held_out_root"
         )
     chosen = sorted(rows, key=lambda row: hashlib.sha256(row.key.encode("utf-8", "surrogateescape")).digest())
@@ -201,7 +203,9 @@ def verify(rows: Iterable[Row], progress: Callable[[int, int], None] | None = No
             if progress:
                 progress(done, len(jobs))
     if problems:
-        raise UserError(f"{len(problems)} of {len(jobs)} pictures cannot be used:{listed(problems, most=50)}")
+        raise UserError(
+            f"{len(problems)} of {counted(len(jobs), 'picture')} cannot be used:{listed(problems, most=50)}"
+        )
 
 
 def _pictures_of(row: Row) -> list[tuple[Path, bool]]:

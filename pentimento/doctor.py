@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, counted
 
 LICENCES = (
     "pentimento: Apache-2.0",
@@ -19,7 +19,7 @@ LICENCES = (
     " derivatives. Accept it at https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev",
 )
 HUB_MODELS = ("black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.1-dev")
-WORKING_EXTRAS = {"data", "bnb", "torchao", "wandb", "ui"}
+WORKING_EXTRAS = {"data", "bnb", "torchao", "gguf", "wandb", "ui"}
 """Extras that commands use; those for the project's own development are not missed by anyone."""
 
 
@@ -90,7 +90,11 @@ def _devices() -> Iterator[Finding]:
     memory = _memory()
     of_memory = f", {memory / 2**30:.1f} GiB of memory" if memory else ""
     threads = torch.get_num_threads()
-    yield Finding(topic="devices", name="cpu", value=f"{cores} cores, {threads} torch threads{of_memory}")
+    yield Finding(
+        topic="devices",
+        name="cpu",
+        value=f"{counted(cores or 1, 'core')}, {counted(threads, 'torch thread')}{of_memory}",
+    )
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from . import images
-from .errors import UserError
+from .errors import UserError, counted
 from .run import Editor
 
 
@@ -138,7 +138,7 @@ def _per_picture(instructions: Sequence[str], count: int) -> list[tuple[str, ...
         return [texts] * count
     if len(texts) != count:
         raise UserError(
-            f"{len(texts)} instructions for {count} pictures: give one for all, one for each, or several for one picture"
+            f"{counted(len(texts), 'instruction')} for {counted(count, 'picture')}: give one for all, one for each, or several for one picture"
         )
     return [(text,) for text in texts]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import UserError
+from .errors import UserError, counted
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
@@ -254,7 +254,8 @@ def _base(ours: Mapping[str, Any], metadata: Mapping[str, str], shapes: Mapping[
     """The base model by what the file says of itself, else by the names of its layers."""
     backbone = ours.get("backbone")
     if isinstance(backbone, dict):
-        return " ".join(str(backbone[key]) for key in ("family", "variant", "weights") if key in backbone)
+        keys = ("family", "variant", "weights", "transformer_file")
+        return " ".join(str(backbone[key]) for key in keys if key in backbone)
     for key in ("modelspec.architecture", "ss_base_model_version", "base_model", "baseModel"):
         if metadata.get(key):
             return metadata[key]
@@ -338,4 +339,4 @@ def _expert_lines(adapter: Adapter) -> list[tuple[str, str]]:
 def _tally(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return f"{next(iter(counts)):g}"
-    return ", ".join(f"{value:g} ({count} modules)" for value, count in counts.items())
+    return ", ".join(f"{value:g} ({counted(count, 'module')})" for value, count in counts.items())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, counted
 from .images import READABLE
 
 SIDES = (("source", "target"), ("train_A", "train_B"), ("control", "target"))
@@ -190,7 +190,7 @@ def _check_partners(
     ]
     if lonely:
         raise UserError(
-            f"{root}: {len(lonely)} pictures have no partner; both sides must have the same stem:{listed(lonely)}"
+            f"{root}: no partner for {counted(len(lonely), 'picture')}; both sides must have the same stem:{listed(lonely)}"
         )
 
 
@@ -213,7 +213,9 @@ def _masks(root: Path, entries: Collection[str], pictures: Mapping[str, Path]) -
         if stem not in masks
     ]
     if bare:
-        raise UserError(f"{root}: {len(bare)} pairs have no mask in masks/, but others have:{listed(bare)}")
+        raise UserError(
+            f"{root}: no mask in masks/ for {counted(len(bare), 'pair')}, but for others:{listed(bare)}"
+        )
     return masks
 
 
@@ -233,7 +235,7 @@ def _prompts(
     if free and lacking:
         bare = [_unmatched(pictures[stem].name, stem, names, free, "prompts") for stem in lacking]
         raise UserError(
-            f"{root}: {len(bare)} pairs have no prompt while {len(free)} prompts have no pair:{listed(bare)}"
+            f"{root}: no prompt for {counted(len(bare), 'pair')}, and no pair for {counted(len(free), 'prompt')}:{listed(bare)}"
         )
     found: dict[str, str] = {}
     for place in (neighbours, table, folder):
@@ -300,7 +302,7 @@ def scan_jsonl(root: Path) -> tuple[list[Found], str]:
             except UserError as error:
                 problems.append(f"line {number}: {error}")
     if problems:
-        raise UserError(f"{path}: {len(problems)} lines cannot be used:{listed(problems)}")
+        raise UserError(f"{path}: {counted(len(problems), 'line')} cannot be used:{listed(problems)}")
     if not found:
         raise UserError(
             f'{path}: holds no pairs; expected lines like {{"source": "...", "target": "...", "prompt": "..."}}'

@@ -80,7 +80,10 @@ class Method(ABC):
 
     @abstractmethod
     def release_encoders(self) -> None:
-        """Free the memory of what only ``encode`` and ``encode_text`` need; a later call loads it again."""
+        """Free the memory of what only ``encode`` and ``encode_text`` need; a later call loads it again.
+
+        Called before training begins: what is trained must be on its device from then on.
+        """
 
     @abstractmethod
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What one sees while it trains: progress, ``metrics.jsonl``, TensorBoard, samples and losses on held-out pictures.
+"""What one sees while it trains: progress, ``metrics.jsonl``, TensorBoard, W&B, samples and losses on held-out pictures.
 
 A ``Monitor`` is the ``watch`` of ``train.train``. Nothing here can change what is trained: the loop restarts its random
 numbers in every step, and a method's losses switch the adapters as they need them.
@@ -22,8 +22,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from . import files, images
 from .cache import Samples
-from .errors import UserError
+from .errors import UserError, counted
 from .method import EditSettings, Example, Method
+from .tracking import Board
 from .train import Draws, Report
 
 if TYPE_CHECKING:
@@ -55,9 +56,12 @@ class Monitor(AbstractContextManager["Monitor"]):
         measure: Measure | None = None,
         seed: int = 0,
         console: Console | None = None,
+        board: Board | None = None,
     ):
+        """``board``: where the numbers are sent to as well."""
         self.gallery = Gallery(method, out, watch, held_out, measure, seed) if held_out else None
         self.book = Book(out)
+        self.board = board
         self.display = Display(console or Console(file=sys.stderr))
 
     def __call__(self, report: Report) -> None:
@@ -65,12 +69,17 @@ class Monitor(AbstractContextManager["Monitor"]):
         if not report.losses:
             self.book.begin(report)
             self.display.begin(report)
-        values = numbers(report)
+            if self.board:
+                self.board.begin(report)
+        values, sheet = numbers(report), None
         if self.gallery and not (
             report.step and not report.losses
         ):  # on resuming this step was looked at already
-            values |= self.gallery.look(report)
+            seen, sheet = self.gallery.look(report)
+            values |= seen
         self.book.add(report, values)
+        if self.board:
+            self.board.add(report, values, sheet)
         self.display.show(report, values)
 
     def __exit__(
@@ -78,6 +87,8 @@ class Monitor(AbstractContextManager["Monitor"]):
     ) -> None:
         self.display.close()
         self.book.close()
+        if self.board:
+            self.board.close(failed=error is not None)
 
 
 def numbers(report: Report) -> dict[str, float]:
@@ -111,16 +122,17 @@ class Gallery:
         self.method, self.folder, self.watch = method, out / SAMPLES, watch
         self.held_out, self.measure, self.seed = held_out, measure, seed
 
-    def look(self, report: Report) -> dict[str, float]:
-        """Whatever is due at this step; at the last step too, where anything is."""
+    def look(self, report: Report) -> tuple[dict[str, float], Path | None]:
+        """Whatever is due at this step, and the contact sheet if one was drawn; at the last step too, where anything is."""
         values: dict[str, float] = {}
+        sheet = None
         if self._due(report, self.watch.every):
-            values |= self.draw(report)
+            values, sheet = self.draw(report)
             if self.held_out.cached:
                 self.method.release_encoders()
         if self._due(report, self.watch.loss_every or self.watch.every):
             values |= self.losses()
-        return values
+        return values, sheet
 
     def _due(self, report: Report, every: int) -> bool:
         return every > 0 and (report.step % every == 0 or report.step == report.steps)
@@ -143,8 +155,8 @@ class Gallery:
         )
 
     @torch.no_grad()
-    def draw(self, report: Report) -> dict[str, float]:
-        """Edit held-out pictures, write the contact sheet, and return the means of what ``measure`` says."""
+    def draw(self, report: Report) -> tuple[dict[str, float], Path | None]:
+        """Edit held-out pictures; returns the means of what ``measure`` says, and the contact sheet that was written."""
         rows, labels, measured = [], [], []
         for index, row in enumerate(self.held_out.rows[: self.watch.count]):
             example = row.load()
@@ -154,17 +166,18 @@ class Gallery:
             if self.measure:
                 measured.append(self.measure(example, result))
         if not rows:
-            return {}
+            return {}, None
         sheet = images.sheet(
             rows, titles=["source", f"step {report.step}", "target"], labels=labels, cell=CELL
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            images.save_image(sheet, self.folder / f"{report.stage}-{report.step:06d}.png")
+            written = images.save_image(sheet, self.folder / f"{report.stage}-{report.step:06d}.png")
         except OSError as error:
             raise UserError(f"{self.folder}: samples cannot be written ({error.strerror})") from error
         keys = measured[0].keys() if measured else ()
-        return {f"held_out_{key}": sum(values[key] for values in measured) / len(measured) for key in keys}
+        means = {f"held_out_{key}": sum(values[key] for values in measured) / len(measured) for key in keys}
+        return means, written
 
 
 class Book:
@@ -257,7 +270,7 @@ class Display:
             self._task = self.bar.add_task(report.stage, total=report.steps, completed=report.step, values="")
         else:
             self._line(
-                f"{report.stage}: {report.steps - report.step} steps"
+                f"{report.stage}: {counted(report.steps - report.step, 'step')}"
                 + (f" from {report.step}" * bool(report.step))
             )
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import data, images, progress
-from .errors import UserError
+from . import data, images, progress, tracking
+from .errors import UserError, counted
+from .flux.config import FluxConfig
 from .method import Method
 from .recipe import Recipe, method_class
 from .runfolder import write_text
@@ -31,24 +32,37 @@ class Plan:
         """The plan in words."""
         recipe = self.recipe
         yield f"method     {recipe.method} on {recipe.backbone.weights}"
+        yield from _loaded(recipe.backbone)
         yield (
-            f"data       {recipe.data.root}: {self.samples} pairs to train on, {self.held_out} held out,"
-            f" {self.prompts} different prompts; every picture was decoded"
+            f"data       {recipe.data.root}: {counted(self.samples, 'pair')} to train on, {self.held_out} held out,"
+            f" {counted(self.prompts, 'different prompt')}; every picture was decoded"
         )
         if self.buckets is None:
             yield "sizes      known once the weights are on this machine"
         else:
             sizes = sorted(self.buckets.items(), key=lambda item: -item[1])
-            yield "sizes      " + ", ".join(f"{w}x{h} ({count} pairs)" for (w, h), count in sizes)
+            yield "sizes      " + ", ".join(f"{w}x{h} ({counted(count, 'pair')})" for (w, h), count in sizes)
         for name, stage in recipe.stages.items():
             count = "" if self.trainable is None else f": {self.trainable[name]:,} parameters"
             batch = f"{stage.batch_size} x {stage.accumulate}"
             passes = stage.steps * stage.batch_size * stage.accumulate / self.samples
             yield f"stage      {name} trains {', '.join(stage.train)}{count}"
             yield (
-                f"           {stage.steps} steps of {batch} samples ({passes:.1f} times each),"
+                f"           {counted(stage.steps, 'step')} of {batch} samples ({passes:.1f} times each),"
                 f" {stage.optimizer} at lr {stage.lr:g} ({stage.schedule}), saved every {stage.save_every}"
             )
+
+
+def _loaded(backbone: FluxConfig) -> Iterator[str]:
+    """What is loaded otherwise than the whole folder onto the device."""
+    named = {"transformer": backbone.transformer_file, "T5 text encoder": backbone.text_encoder_file}
+    for part, file in named.items():
+        path = Path(file or "").expanduser()
+        if file is not None:
+            size = f" ({path.stat().st_size / 2**30:.2f} GiB)" if path.is_file() else ""
+            yield f"           {part} from {file}{size}"
+    if backbone.offload == "model":
+        yield "           encoders and transformer take turns on the device; they wait in main memory"
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -57,6 +71,8 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: whatever would stop the training that can be known without weights.
     """
+    if recipe.watch.wandb is not None:
+        tracking.check()
     rows = data.open_data(recipe.data)
     training, held = data.held_out(rows, recipe.data)
     with progress.bar("decoding pictures") as advance:
@@ -101,7 +117,7 @@ def show(recipe: Recipe, index: int, out: Path) -> list[Path]:
     rows = data.open_data(recipe.data)
     if not 0 <= index < len(rows):
         raise UserError(
-            f"--index {index}: the data set has {len(rows)} samples, counted from 0 to {len(rows) - 1}"
+            f"--index {index}: the data set has {counted(len(rows), 'sample')}, counted from 0 to {len(rows) - 1}"
         )
     method = outline(recipe)
     if method is None:

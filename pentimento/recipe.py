@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ class Watch:
     """Sampling steps of these pictures; null: the method's own number."""
     loss_every: int = 0
     """Measure the held-out loss every so many steps; 0: whenever samples are drawn."""
+    wandb: str | None = None
+    """Project of Weights & Biases that numbers and samples are sent to as well, as a run of the run folder's name; null:
+    none. Needs the extra wandb, and `wandb login` or the variable WANDB_MODE=offline."""
 
     def __post_init__(self) -> None:
         for name in ("every", "count", "loss_every"):
@@ -44,6 +48,10 @@ class Watch:
                 raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1 or null, but it is {self.steps}")
+        if self.wandb is not None and not re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb):
+            raise ValueError(
+                f"wandb names a project in 1 to 128 characters without any of / \\ # ? % :, but it is {self.wandb!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from . import (
     progress,
     runfolder,
     schema,
+    tracking,
     train,
 )
 from . import recipe as recipe_
@@ -58,7 +59,8 @@ def train_run(
         init: an adapter (file, folder of several, or run folder) to start from; not together with ``resume``.
 
     Raises:
-        UserError: a used folder without ``resume``, changed settings with it, bad data, weights or adapters.
+        UserError: a used folder without ``resume``, changed settings with it, bad data, weights or adapters, or Weights &
+            Biases asked for without being logged in.
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
     out = Path(out)
@@ -72,6 +74,8 @@ def train_run(
         if state.is_main_process:
             held.enter_context(runfolder.locked(out))
             runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
+            if recipe.watch.wandb is not None:
+                tracking.check()
             with progress.bar("decoding pictures") as advance:
                 data.verify([*rows, *held_out], advance)
         state.wait_for_everyone()
@@ -105,8 +109,15 @@ def _train(
     with contextlib.ExitStack() as open_files:
         monitor = None
         if main:
+            project = recipe.watch.wandb
             monitor = Monitor(
-                method, out, watch=recipe.watch, held_out=watched, measure=measure, seed=recipe.seed
+                method,
+                out,
+                watch=recipe.watch,
+                held_out=watched,
+                measure=measure,
+                seed=recipe.seed,
+                board=None if project is None else tracking.Board(project, out, schema.plain(recipe)),
             )
             open_files.enter_context(monitor)
         train.train(method, recipe.stages, samples, settings, monitor)
@@ -127,8 +138,10 @@ def _watches(recipe: Recipe) -> bool:
 
 
 def precision_of(method: Method) -> train.Precision:
-    """Of the frozen model: the dtype of its largest weight, since adapters are float32 always."""
-    return PRECISIONS[max(method.adapters.host.parameters(), key=torch.Tensor.numel).dtype]
+    """Of the frozen model: the dtype of its largest weight that is not packed; adapters are float32 always."""
+    own = {id(p) for p in method.adapters.parameters(*method.adapters.specs)}
+    frozen = [p for p in method.adapters.host.parameters() if id(p) not in own and p.is_floating_point()]
+    return PRECISIONS[max(frozen, key=torch.Tensor.numel).dtype]
 
 
 def measure(example: Example, result: Image) -> dict[str, float]:
@@ -301,5 +314,11 @@ def _notes(record: Mapping[str, Any], method: Method) -> list[str]:
     if trained.get("digest") == here.get("digest") or not trained:
         return []
     return [
-        f"this adapter was trained on {trained.get('weights')}, whose weights differ from those of {here.get('weights')}"
+        f"this adapter was trained on {_base_name(trained)}, whose weights differ from those of {_base_name(here)}"
     ]
+
+
+def _base_name(base: Mapping[str, Any]) -> str:
+    """A base model as its record names it."""
+    file = base.get("transformer_file")
+    return f"{base.get('weights')}{f' with {file}' if file else ''}"

@@ -1,7 +1,7 @@
 """A run folder: everything that one training leaves, and all that an edit needs.
 
 ``recipe.yaml`` (resolved), ``weights/`` (what diffusers loads), ``checkpoints/``, ``samples/``, ``metrics.jsonl``, TensorBoard
-events, ``README.md``. One process may train in it at a time.
+events, ``README.md``, and of W&B, where asked for, its own folder and the run's id. One process may train in it at a time.
 """
 
 import datetime

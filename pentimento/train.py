@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import Interrupted, Saved, Stop
-from .errors import UserError
+from .errors import UserError, counted
 from .method import Method
 from .optimizers import current_lr, make_optimizer, make_schedule
 
@@ -391,7 +391,7 @@ def resume(
             )
         if state["samples"] != size:
             raise UserError(
-                f"{newest.folder}: a step had {state['samples']} samples (batch_size * accumulate * processes), now it has "
+                f"{newest.folder}: a step had {counted(state['samples'], 'sample')} (batch_size * accumulate * processes), now it has "
                 f"{size}; continue with as many processes as before"
             )
     for key, part in kept.items():
@@ -409,7 +409,7 @@ def processes(*, cpu: bool = False) -> PartialState:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
         raise UserError(
-            f"{started} processes were started, but {state.num_processes} work together on {state.device}"
+            f"{started} processes were started, but {state.num_processes} of them work together on {state.device}"
         )
     return state
 
@@ -430,8 +430,6 @@ def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
 
 
 def _device(method: Method, stages: Mapping[str, Stage]) -> torch.device:
-    if not stages:
-        raise UserError("stages is empty; there is nothing to train")
     return method.adapters.train(*next(iter(stages.values())).train)[0].device
 
 

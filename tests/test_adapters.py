@@ -1,6 +1,7 @@
 """Adapters on a tiny FLUX: switching, whole modules, files that diffusers reads, and strict loading."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -372,15 +373,17 @@ def test_missing_and_unknown_keys(tmp_path):
     published(tmp_path)
     rewrite(tmp_path, lambda k, v: [] if "blocks.1.attn.to_q" in k else [(k.replace("to_k", "to_key"), v)])
     said = refused(tmp_path)
-    assert "12 of 16 keys are missing (transformer_blocks.0.attn.to_k.lora_A.weight, " in said
-    assert "8 keys are not known (" in said and "to_key" in said
+    assert "missing: 12 of 16 keys (transformer_blocks.0.attn.to_k.lora_A.weight, " in said
+    assert "not known: 8 keys (" in said and "to_key" in said
     assert "keys as diffusers, rank 4" in said
 
 
 def test_another_rank(tmp_path):
     published(tmp_path, rank=2)
     said = refused(tmp_path)
-    assert "16 have another shape" in said and "is (2, 32) there, (4, 32) here" in said and "rank 2" in said
+    assert (
+        "of another shape: 16 keys" in said and "is (2, 32) there, (4, 32) here" in said and "rank 2" in said
+    )
 
 
 def test_another_alpha(tmp_path):
@@ -429,3 +432,66 @@ def test_a_state_of_other_adapters():
 def test_only_the_weights_of_adapters_are_kept():
     parameters = build().parameters("edit")
     assert sum(p.numel() for p in parameters) == 8 * 2 * 4 * 32 + 385 * 32
+
+
+ICEDIT = (
+    r"(.*x_embedder|.*(?<!single_)transformer_blocks\.[0-9]+\.(norm1\.linear|attn\.to_[kqv]|attn\.to_out\.0|ff\.net\.2)"
+    r"|.*single_transformer_blocks\.[0-9]+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[kqv]))"
+)
+"""The layers of ICEdit's published LoRA."""
+
+
+def icedit_file(file: Path, host: nn.Module, rank: int) -> dict[str, Tensor]:
+    """What River-Zhang/ICEdit publishes: bfloat16 factors under diffusers' names, no alpha, no metadata."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [name for name, module in host.named_modules() if isinstance(module, nn.Linear)]
+    tensors = {}
+    for layer in filter(lambda name: re.fullmatch(ICEDIT, name), layers):
+        module = host.get_submodule(layer)
+        a, b = (
+            torch.randn(s, generator=generator) * 0.1
+            for s in ((rank, module.in_features), (module.out_features, rank))
+        )
+        tensors |= {
+            f"transformer.{layer}.lora_A.weight": a.bfloat16(),
+            f"transformer.{layer}.lora_B.weight": b.bfloat16(),
+        }
+    save_file(tensors, file)
+    return tensors
+
+
+def test_icedits_published_file(tmp_path, host):
+    tensors = icedit_file(tmp_path / NAME, host, rank=32)
+    spec = spec_of(tmp_path / NAME)
+    assert (spec.rank, spec.alpha, spec.full) == (32, 32.0, ())
+    adapters = Adapters(host)
+    adapters.add("edit", spec)
+    adapters.load(tmp_path / NAME)
+    layers = {key.rpartition(".lora_")[0] for key in adapters.state_dict()["edit"]}
+    assert {
+        "x_embedder",
+        "transformer_blocks.1.norm1.linear",
+        "single_transformer_blocks.0.norm.linear",
+    } < layers
+    assert len(layers) == 1 + 2 * 6 + 2 * 6 == len(tensors) / 2
+    adapters.use(edit=0.5)
+    changed = velocity(host)
+    merged = tiny_transformer()
+    for layer in layers:
+        a, b = (tensors[f"transformer.{layer}.lora_{side}.weight"].float() for side in "AB")
+        merged.get_submodule(layer).weight.data += 0.5 * b @ a
+    torch.testing.assert_close(changed, velocity(merged), atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(changed, velocity(tiny_transformer()), atol=0.1)
+
+
+def test_icedits_layers_on_flux_as_it_is(tmp_path):
+    """The 343 layers of the real model, whose shapes need no memory."""
+    with torch.device("meta"):
+        host = FluxTransformer2DModel(in_channels=384, out_channels=64, guidance_embeds=True)
+    tensors = icedit_file(tmp_path / NAME, host, rank=1)
+    spec = spec_of(tmp_path / NAME)
+    adapters = Adapters(host)
+    adapters.add("edit", spec)
+    adapters.load(tmp_path / NAME)
+    assert len(tensors) == 686 == len(adapters.state_dict()["edit"])
+    assert 32 * sum(p.numel() for p in adapters.parameters("edit")) == 115_912_704

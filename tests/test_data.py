@@ -96,7 +96,7 @@ def test_stray_files_are_reported(pairs):
         (
             "target/003.png",
             None,
-            ["1 pictures have no partner", "source/003.png has no counterpart in target/"],
+            ["no partner for 1 picture;", "source/003.png has no counterpart in target/"],
         ),
     ],
 )
@@ -124,7 +124,7 @@ def test_only_the_first_few_problems_are_listed(tmp_path):
         picture(tmp_path / "source" / f"{number}.png")
     picture(tmp_path / "target" / "x.png")
     message = problem(config(tmp_path, prompt=""))
-    assert "31 pictures have no partner" in message and "and 26 more" in message and message.count("\n") == 6
+    assert "no partner for 31 pictures;" in message and "and 26 more" in message and message.count("\n") == 6
 
 
 def test_two_pictures_of_one_stem(pairs):
@@ -186,7 +186,7 @@ def test_without_any_prompt_the_places_are_named(pairs):
     (pairs / "prompts" / "001.txt").write_text(" \n")
     message = problem(config(pairs))
     for words in (
-        "1 of 6 pairs have no prompt",
+        "no prompt for 1 of 6 pairs",
         "prompts/STEM.txt",
         "train_prompts.json",
         "data.prompt",
@@ -253,7 +253,7 @@ def test_masks_belong_to_every_pair_or_to_none(pairs):
     (pairs / "masks" / "002.png").rename(pairs / "masks" / "02.png")
     message = problem(config(pairs))
     assert (
-        "1 pairs have no mask" in message
+        "no mask in masks/ for 1 pair," in message
         and "002.png has no counterpart in masks/; the nearest is 02.png" in message
     )
     picture(pairs / "masks" / "002.png", (6, 6))
@@ -392,7 +392,7 @@ def test_jsonl_keys(tmp_path):
 def test_broken_jsonl_names_the_line(tmp_path, row, words):
     path = jsonl(tmp_path, {"source": "s.png", "target": "t.png", "prompt": "p"}, row)
     message = problem(config(path, kind="jsonl", prompt=""))
-    assert words in message and "data.jsonl: 1 lines cannot be used" in message
+    assert words in message and "data.jsonl: 1 line cannot be used" in message
 
 
 def test_jsonl_files_that_are_missing_empty_or_many(tmp_path):
@@ -486,7 +486,7 @@ def test_limit_and_held_out(pairs):
     assert {row.key for row in again[1]} == {row.key for row in held}
     assert {row.key for row in held} < {row.key for row in held_out(rows, config(pairs, held_out=3))[1]}
     assert held_out(rows, config(pairs, held_out=0)) == (rows, [])
-    with pytest.raises(UserError, match="data.held_out=4 would keep more than half of the 6 pairs"):
+    with pytest.raises(UserError, match="data.held_out=4 would keep more than half of 6 pairs"):
         held_out(rows, config(pairs))
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -21,8 +21,12 @@ from .. import images
 from ..errors import UserError
 from . import loading, sampling
 from .config import FluxConfig
+from .gguf_files import FIELDS
 from .loading import Variant, Weights
 
+Part = Literal["transformer", "vae", "text"]
+"""What takes turns on the device under ``offload``; the two text encoders are one."""
+MAIN_MEMORY = torch.device("cpu")
 CHECKPOINT_FROM = 1_000_000_000
 """Parameters above which gradients are checkpointed unless the recipe says otherwise."""
 REMEMBERED_PROMPTS = 64
@@ -59,16 +63,23 @@ class Flux:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        offload: bool = False,
     ):
+        """``offload``: the transformer waits in main memory until it runs."""
         self.weights = weights
-        self.transformer = transformer.to(device)
+        self.transformer = transformer
         self.scheduler = scheduler
         self.device = device
         self.dtype = dtype
+        self._offload = offload
+        self._present: set[Part] = set()
+        self._staying: set[Part] = set()
         self._vae: Any = None
         self._text: Any = None
         self._vae_config = loading.read_json(weights.folder / "vae" / "config.json")
         self._prompts: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
+        if not offload:
+            self._bring("transformer")
 
     @classmethod
     def load(cls, config: FluxConfig, variant: Variant) -> "Flux":
@@ -83,13 +94,14 @@ class Flux:
             # FLUX's backward pass died in cuDNN's attention with an illegal memory access (torch 2.11, H200).
             torch.backends.cuda.enable_cudnn_sdp(False)
         backend = check_attention(config.attention)
-        weights = loading.locate(config.weights, variant)
+        weights = loading.locate(config, variant)
         flux = cls(
             weights,
             loading.load_transformer(weights, dtype),
             loading.load_scheduler(weights),
             device=device,
             dtype=dtype,
+            offload=config.offload == "model",
         )
         flux._set_attention(backend)
         checkpointing = config.gradient_checkpointing
@@ -104,7 +116,7 @@ class Flux:
     @classmethod
     def outline(cls, config: FluxConfig, variant: Variant) -> "Flux | None":
         """The model's shapes without its weights, on the meta device; ``None`` where they are not on this machine."""
-        weights = loading.locate_outline(config.weights, variant)
+        weights = loading.locate_outline(config, variant)
         if weights is None:
             return None
         transformer, scheduler = loading.outline_transformer(weights), loading.load_scheduler(weights)
@@ -140,6 +152,7 @@ class Flux:
             "family": "flux",
             "variant": self.variant,
             "weights": self.weights.name,
+            **{FIELDS[part]: file.name for part, file in self.weights.files.items()},
             "digest": self.weights.digest("transformer"),
         }
 
@@ -155,15 +168,52 @@ class Flux:
 
     @property
     def vae(self) -> Any:
-        """The autoencoder, read on first use."""
+        """The autoencoder, on the device; read on first use."""
         if self._vae is None:
-            self._vae = loading.load_vae(self.weights, self.dtype).to(self.device)
+            self._vae = loading.load_vae(self.weights, self.dtype)
+        self._bring("vae")
         return self._vae
 
+    @property
+    def text(self) -> Any:
+        """The text encoders and tokenizers as a stock pipeline, on the device; read on first use."""
+        if self._text is None:
+            self._text = loading.load_text(self.weights, self.dtype)
+        self._bring("text")
+        return self._text
+
+    def _bring(self, part: Part) -> None:
+        """Put a part on the device. Under ``offload`` those that need not stay make room first."""
+        leaving = self._present - self._staying - {part} if self._offload else set()
+        for other in leaving:
+            self._move(other, MAIN_MEMORY)
+            self._present.remove(other)
+        if leaving:
+            self._free_cache()
+        if part not in self._present:
+            self._move(part, self.device)
+            self._present.add(part)
+
+    def _move(self, part: Part, device: torch.device) -> None:
+        if part == "text":
+            self._text.text_encoder.to(device)
+            self._text.text_encoder_2.to(device)
+        else:
+            (self.transformer if part == "transformer" else self._vae).to(device)
+
     def release_encoders(self) -> None:
-        """Free the text encoders (9 GB for FLUX.1) and the autoencoder; prompts encoded lately stay known."""
+        """Free the text encoders (9 GB for FLUX.1) and the autoencoder; prompts encoded lately stay known.
+
+        Who needs them no more is about to train: from here on the transformer stays on the device, also under ``offload``.
+        """
         self._vae = self._text = None
+        self._present &= {"transformer"}
         gc.collect()
+        self._free_cache()
+        self._bring("transformer")
+        self._staying = {"transformer"}
+
+    def _free_cache(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -204,9 +254,7 @@ class Flux:
         """
         known = self._prompts
         if missing := [p for p in dict.fromkeys(prompts) if (p, max_length) not in known]:
-            if self._text is None:
-                self._text = loading.load_text(self.weights, self.dtype, self.device)
-            encode = self._text.encode_prompt
+            encode = self.text.encode_prompt
             embeds, pooled, _ = encode(missing, device=self.device, max_sequence_length=max_length)
             for row, prompt in enumerate(missing):
                 known[prompt, max_length] = embeds[row], pooled[row]
@@ -235,6 +283,7 @@ class Flux:
         # Through 1000 and the model's dtype as the stock pipelines go, so that rounding is theirs too.
         timestep = (sigma * 1000).to(self.dtype) / 1000
         guided = self.transformer.config["guidance_embeds"]
+        self._bring("transformer")
         output: Tensor = self.transformer(
             hidden_states=x.to(self.device, self.dtype),
             timestep=timestep.to(self.device),

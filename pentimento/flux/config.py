@@ -14,6 +14,13 @@ class FluxConfig:
     weights: str = "pocket"
     """Base model: `pocket` (the small models that ship), a diffusers-format folder, or a hub id such as
     black-forest-labs/FLUX.1-Fill-dev."""
+    transformer_file: str | None = None
+    """A GGUF file of the FLUX transformer, as published for ComfyUI, in place of the one in weights; all else comes from
+    there. Needs the extra gguf. It stays packed in memory, and each layer is unpacked as it runs. To train, leave
+    gradient_checkpointing on: else the backward pass keeps every unpacked layer."""
+    text_encoder_file: str | None = None
+    """A GGUF file of the T5 text encoder in place of the one in weights (text_encoder_2). Needs the extra gguf. It is
+    unpacked when it is read: smaller on disk, not in memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the frozen model; adapters are always float32. `auto`: bf16 on CUDA, else fp32."""
     gradient_checkpointing: bool | None = None
@@ -24,5 +31,9 @@ class FluxConfig:
     attention: str | None = None
     """Attention backend by diffusers' name, such as `native`, `_native_flash` or `flash`. null: torch
     chooses, on CUDA never cuDNN's."""
+    offload: Literal["none", "model"] = "none"
+    """none: what was loaded stays on the device. model: text encoders, transformer and autoencoder are there one at a
+    time, only while they run, and wait in main memory: slower, less of the device's memory. To train, this holds while
+    pictures and prompts are encoded; then the transformer stays, and encoders take turns beside it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""

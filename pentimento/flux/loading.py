@@ -9,9 +9,9 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from . import gguf_files
+from .config import FluxConfig
 
 Variant = Literal["fill", "dev"]
 
@@ -54,7 +56,8 @@ PARTS = {
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 # Without the 24 GB single file that lies beside the folders of the official repositories.
-DOWNLOAD = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+DOWNLOAD = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model"]
+CONVERSION = "FluxPipeline.from_single_file(...).save_pretrained(...)"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILE = 64 * 2**20
@@ -68,15 +71,25 @@ class Weights:
     """As it is recorded: "pocket", the hub name, or the name of the folder (never its path)."""
     folder: Path
     variant: Variant
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """GGUF files that stand for the weights of a part, by its name: ``transformer``, ``text_encoder_2``."""
 
     def digest(self, *parts: str) -> str:
         """Twelve hex digits over these parts' files; of files above 64 MiB: size, first and last MiB."""
         total = hashlib.sha256()
         for part in sorted(parts):
             for path in sorted((self.folder / part).iterdir()):
-                if path.is_file() and path.suffix in (".json", ".safetensors", ".txt", ".model"):
+                unused = part in self.files and ".safetensors" in path.name
+                if (
+                    path.is_file()
+                    and path.suffix in (".json", ".safetensors", ".txt", ".model")
+                    and not unused
+                ):
                     total.update(f"{part}/{path.name}:{path.stat().st_size}:".encode())
                     total.update(_sample(path))
+            if part in self.files:  # whatever it is called
+                total.update(f"{part}.gguf:{self.files[part].stat().st_size}:".encode())
+                total.update(_sample(self.files[part]))
         return total.hexdigest()[:12]
 
 
@@ -90,18 +103,19 @@ def _sample(path: Path) -> bytes:
         return start + file.read()
 
 
-def locate(weights: str, variant: Variant) -> Weights:
-    """Find and check what ``backbone.weights`` names; ``UserError`` if it cannot serve as this variant."""
+def locate(config: FluxConfig, variant: Variant) -> Weights:
+    """Find and check what a recipe's ``backbone`` names; ``UserError`` if it cannot serve as this variant."""
+    weights, files = config.weights, _gguf_files(config, variant)
     if weights == "pocket":
         from ..pocket.weights import folder
 
-        found = Weights(name="pocket", folder=folder(f"pocket-{variant}"), variant=variant)
+        found = Weights(name="pocket", folder=folder(f"pocket-{variant}"), variant=variant, files=files)
     else:
         path = Path(weights).expanduser()
         if path.exists():
-            found = Weights(name=path.resolve().name, folder=path, variant=variant)
+            found = Weights(name=path.resolve().name, folder=path, variant=variant, files=files)
         elif HUB_NAME.fullmatch(weights):
-            found = Weights(name=weights, folder=download(weights), variant=variant)
+            found = Weights(name=weights, folder=download(weights, files), variant=variant, files=files)
         else:
             raise UserError(
                 f"backbone.weights: there is no folder {weights!r}; give the folder of a FLUX.1 model in "
@@ -111,28 +125,44 @@ def locate(weights: str, variant: Variant) -> Weights:
     return found
 
 
-def locate_outline(weights: str, variant: Variant) -> Weights | None:
+def _gguf_files(config: FluxConfig, variant: Variant) -> dict[str, Path]:
+    """The files that stand for weights, by part; checked as far as they can be alone, before others are downloaded."""
+    named = {part: getattr(config, key) for part, key in gguf_files.FIELDS.items()}
+    files = {part: Path(name).expanduser() for part, name in named.items() if name is not None}
+    if file := files.get("transformer"):
+        channels = gguf_files.transformer_shapes(file)["x_embedder.weight"][1]
+        if channels != IN_CHANNELS[variant]:
+            raise UserError(_wrong_variant(file, variant, "GGUF", channels))
+    if file := files.get("text_encoder_2"):
+        gguf_files.check_text_encoder(file)
+    return files
+
+
+def locate_outline(config: FluxConfig, variant: Variant) -> Weights | None:
     """Like ``locate``, but nothing is downloaded: ``None`` for a hub model whose configuration is not in the cache."""
+    weights, files = config.weights, _gguf_files(config, variant)
     if weights == "pocket" or Path(weights).expanduser().exists() or not HUB_NAME.fullmatch(weights):
-        return locate(weights, variant)
+        return locate(config, variant)
     held = [
         try_to_load_from_cache(weights, f"{part}/{file}") for part, files in PARTS.items() for file in files
     ]
     paths = [Path(path) for path in held if isinstance(path, str)]
     if len(paths) < len(held):
         return None
-    found = Weights(name=weights, folder=paths[0].parents[1], variant=variant)
-    channels = read_json(found.folder / "transformer" / "config.json").get("in_channels", 64)
-    if channels != IN_CHANNELS[variant]:
-        raise UserError(_wrong_variant(found, "FLUX", channels))
+    found = Weights(name=weights, folder=paths[0].parents[1], variant=variant, files=files)
+    check_variant(found, "FLUX")
     return found
 
 
-def download(name: str) -> Path:
-    """The folder of a hub model, downloaded if it is not in the cache; hub errors become ``UserError``."""
+def download(name: str, replaced: Collection[str] = ()) -> Path:
+    """The folder of a hub model, downloaded if it is not in the cache, without the weights of the parts ``replaced``.
+
+    Errors of the hub become ``UserError``.
+    """
     page = f"https://huggingface.co/{name}"
+    wanted = [f"{part}/*.safetensors" for part in WITH_WEIGHTS if part not in replaced]
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOAD))
+        return Path(snapshot_download(name, allow_patterns=[*DOWNLOAD, *wanted]))
     except GatedRepoError as error:
         raise UserError(_gated(page)) from error
     except RepositoryNotFoundError as error:
@@ -145,13 +175,13 @@ def download(name: str) -> Path:
         raise UserError(_offline(name)) from error
     except HFValidationError as error:
         raise UserError(
-            f"backbone.weights: {name!r} is neither a folder nor a valid hub name ({_line(error)})"
+            f"backbone.weights: {name!r} is neither a folder nor a valid hub name ({first_line(error)})"
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise UserError(_gated(page)) from error
         raise UserError(
-            f"backbone.weights: the hub refused {name}: {_line(error)}; try again later"
+            f"backbone.weights: the hub refused {name}: {first_line(error)}; try again later"
         ) from error
     except (HTTPError, XetDownloadError, ConnectionError, TimeoutError) as error:
         raise UserError(_offline(name)) from error
@@ -184,9 +214,15 @@ def check_folder(weights: Weights) -> None:
     """Raise ``UserError`` unless the folder holds a complete, readable FLUX.1 model of the wanted variant."""
     folder = weights.folder
     if not folder.is_dir():
+        gguf = folder.suffix.lower() == ".gguf"
         raise UserError(
             f"{folder}: is a file; the weights must be a folder in diffusers format (with model_index.json). "
-            "Diffusers converts a single file: FluxPipeline.from_single_file(...).save_pretrained(...)"
+            + (
+                "A GGUF takes the place of its transformer: "
+                if gguf
+                else "Diffusers converts a single file: "
+            )
+            + (f"backbone.transformer_file={folder}" if gguf else CONVERSION)
         )
     index = read_json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
@@ -202,20 +238,27 @@ def check_folder(weights: Weights) -> None:
                 raise UserError(
                     f"{folder / part}: {file} is missing; the folder is incomplete, copy or download it again"
                 )
-    channels = read_json(folder / "transformer" / "config.json").get("in_channels", 64)
-    if channels != IN_CHANNELS[weights.variant]:
-        raise UserError(_wrong_variant(weights, kind, channels))
+    check_variant(weights, kind)
     for part in WITH_WEIGHTS:
-        check_weights(folder / part)
+        if part not in weights.files:
+            check_weights(folder / part)
 
 
-def _wrong_variant(weights: Weights, kind: str, channels: object) -> str:
+def check_variant(weights: Weights, kind: str) -> None:
+    """Raise ``UserError`` unless the transformer is of the variant by its configuration, and its own file fits that."""
+    channels = read_json(weights.folder / "transformer" / "config.json").get("in_channels", 64)
+    if channels != IN_CHANNELS[weights.variant]:
+        raise UserError(_wrong_variant(weights.folder, weights.variant, kind, channels))
+    if file := weights.files.get("transformer"):
+        gguf_files.check_fit(file, outline_transformer(weights).state_dict())
+
+
+def _wrong_variant(place: Path, variant: Variant, kind: str, channels: object) -> str:
     names = {"dev": "FLUX.1 [dev]", "fill": "FLUX.1 Fill"}
     held = next((names[v] for v, n in IN_CHANNELS.items() if n == channels), f"an unknown variant ({kind})")
     return (
-        f"{weights.folder}: holds {held} ({channels} input channels); this method needs "
-        f"{names[weights.variant]} ({IN_CHANNELS[weights.variant]} input channels), for example "
-        f"{OFFICIAL[weights.variant]}"
+        f"{place}: holds {held} ({channels} input channels); this method needs "
+        f"{names[variant]} ({IN_CHANNELS[variant]} input channels), for example {OFFICIAL[variant]}"
     )
 
 
@@ -249,7 +292,8 @@ def check_weights(folder: Path) -> None:
             )
     if not files:
         raise UserError(
-            f"{folder}: holds no .safetensors file; other formats (.bin, .ckpt, .gguf) are not read"
+            f"{folder}: holds no .safetensors file; other formats (.bin, .ckpt) are not read, and a .gguf file is named by "
+            "backbone.transformer_file or backbone.text_encoder_file"
         )
     for path in files:
         try:
@@ -263,33 +307,43 @@ def check_weights(folder: Path) -> None:
                     f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`"
                 ) from error
             raise UserError(
-                f"{path}: the file is damaged or cut off ({_line(error)}); copy or download it again"
+                f"{path}: the file is damaged or cut off ({first_line(error)}); copy or download it again"
             ) from error
 
 
 def load_model(model: Any, weights: Weights, part: str, dtype: torch.dtype, **options: Any) -> Any:
     """One model of the folder, frozen, on the CPU; incomplete weights are an error, not a warning."""
-    where = weights.folder / part
-    check_weights(where)
-    try:
-        with quiet_loading():
-            loaded, info = model.from_pretrained(
-                weights.folder,
-                subfolder=part,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{where}: cannot be loaded as {model.__name__}: {_line(error)}") from error
+    where = weights.files.get(part, weights.folder / part)
+    if part in weights.files:
+        options |= gguf_files.text_encoder_options(where, weights.folder)
+    else:
+        options["use_safetensors"] = True
+        check_weights(where)
+    quiet = gguf_files.quiet_unpacking() if part in weights.files else nullcontext()
+    with quiet_loading(), quiet, explained(where, model.__name__):
+        loaded, info = model.from_pretrained(
+            weights.folder,
+            subfolder=part,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
     wrong = {*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])}
     if wrong:
         raise UserError(
             f"{where}: the weights do not fit {model.__name__}; {sorted(wrong)[0]} is missing or misshapen"
         )
     return loaded.requires_grad_(False).eval()
+
+
+@contextmanager
+def explained(where: Path, model: str) -> Iterator[None]:
+    """Turn the libraries' ways of failing at a file into one ``UserError``."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{where}: cannot be loaded as {model}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -311,6 +365,10 @@ def quiet_loading() -> Iterator[None]:
 
 def load_transformer(weights: Weights, dtype: torch.dtype) -> Any:
     """The flow transformer, which hosts the adapters."""
+    if file := weights.files.get("transformer"):
+        with quiet_loading(), explained(file, FluxTransformer2DModel.__name__):
+            packed = gguf_files.load_transformer(file, weights.folder, dtype)
+        return packed.requires_grad_(False).eval()
     return load_model(FluxTransformer2DModel, weights, "transformer", dtype)
 
 
@@ -334,13 +392,13 @@ def load_scheduler(weights: Weights) -> Any:
     return kind.from_pretrained(weights.folder, subfolder="scheduler", local_files_only=True)
 
 
-def load_text(weights: Weights, dtype: torch.dtype, device: torch.device) -> Any:
+def load_text(weights: Weights, dtype: torch.dtype) -> Any:
     """A stock pipeline of text encoders and tokenizers alone: its ``encode_prompt`` is the definition."""
     # T5's position bias goes through a coarser kernel in torch's fused attention: 1e-4 away from what FLUX was trained with.
     eager = {"attn_implementation": "eager"}
     encoders = {
-        "text_encoder": load_model(CLIPTextModel, weights, "text_encoder", dtype).to(device),
-        "text_encoder_2": load_model(T5EncoderModel, weights, "text_encoder_2", dtype, **eager).to(device),
+        "text_encoder": load_model(CLIPTextModel, weights, "text_encoder", dtype),
+        "text_encoder_2": load_model(T5EncoderModel, weights, "text_encoder_2", dtype, **eager),
     }
     tokenizers = {}
     for part in ("tokenizer", "tokenizer_2"):
@@ -348,7 +406,7 @@ def load_text(weights: Weights, dtype: torch.dtype, device: torch.device) -> Any
         try:
             tokenizers[part] = AutoTokenizer.from_pretrained(where, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{where}: the tokenizer cannot be loaded: {_line(error)}") from error
+            raise UserError(f"{where}: the tokenizer cannot be loaded: {first_line(error)}") from error
     return FluxPipeline(scheduler=None, vae=None, transformer=None, **encoders, **tokenizers)
 
 
@@ -385,8 +443,3 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

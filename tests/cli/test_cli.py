@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import packed
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -37,7 +39,7 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(
     call: Callable[..., Result], settings: list[str], tmp_path: Path
 ) -> None:
     printed = call("train", "influxedit-edit", *settings, "--dry-run").stdout
-    assert "4 pairs to train on, 2 held out, 1 different prompts" in printed
+    assert "4 pairs to train on, 2 held out, 1 different prompt;" in printed
     assert "64x48 (4 pairs)" in printed
     assert "edit trains edit: " in printed
     assert "2 steps of 1 x 1 samples" in printed
@@ -51,6 +53,25 @@ def test_dry_run_counts_what_training_trains(
     inspected = call("inspect", trained).stdout
     count = printed.split("edit trains edit: ")[1].split(" parameters")[0]
     assert f"{count} parameters" in inspected
+
+
+def test_dry_run_says_what_is_loaded_otherwise(
+    call: Callable[..., Result], refuse, settings: list[str], tiny_fill: Path, tmp_path: Path
+) -> None:
+    transformer = packed.write_transformer(tmp_path / "fill.gguf", tiny_fill)
+    text = packed.write_text_encoder(tmp_path / "t5.gguf", tiny_fill)
+    changes = [f"backbone.transformer_file={transformer}", f"backbone.text_encoder_file={text}"]
+    plain = call("train", "influxedit-edit", *settings, "--dry-run").stdout.splitlines()
+    dry = call("train", "influxedit-edit", *settings, *changes, "backbone.offload=model", "--dry-run").stdout
+    assert [line.strip() for line in dry.splitlines() if line not in plain] == [
+        f"transformer from {transformer} ({transformer.stat().st_size / 2**30:.2f} GiB)",
+        f"T5 text encoder from {text} ({text.stat().st_size / 2**30:.2f} GiB)",
+        "encoders and transformer take turns on the device; they wait in main memory",
+    ]
+    absent = f"backbone.transformer_file={tmp_path / 'absent.gguf'}"
+    assert "absent.gguf' on this machine" in refuse(
+        "train", "influxedit-edit", *settings, absent, "--dry-run"
+    )
 
 
 def test_dry_run_without_the_models_configuration(call: Callable[..., Result], settings: list[str]) -> None:
@@ -171,6 +192,31 @@ def test_edit_takes_a_published_adapter_when_the_method_is_named(
     assert Path("published.png").read_bytes() == Path("run.png").read_bytes()
 
 
+def test_edit_takes_icedits_published_file(
+    call: Callable[..., Result], photo: Path, tiny_fill: Path, tmp_path: Path
+) -> None:
+    """bfloat16 factors of rank 32 with neither alpha nor metadata, also on the input layer and on modulations; on GGUF too."""
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(tiny_fill / "transformer" / "diffusion_pytorch_model.safetensors")
+    published = {}
+    for layer in ("x_embedder", "transformer_blocks.0.norm1.linear", "single_transformer_blocks.1.attn.to_q"):
+        rows, columns = weights[f"{layer}.weight"].shape
+        a, b = (0.2 * torch.randn(shape, generator=generator) for shape in ((32, columns), (rows, 32)))
+        published[f"transformer.{layer}.lora_A.weight"] = a.bfloat16()
+        published[f"transformer.{layer}.lora_B.weight"] = b.bfloat16()
+    save_file(published, tmp_path / "pytorch_lora_weights.safetensors")
+    gguf = packed.write_transformer(tmp_path / "fill.gguf", tiny_fill, packed.Kind.F32)
+    common = ("method=influxedit", "config.mode=split", "config.steps=2", "config.max_sequence_length=16")
+    where = (f"backbone.weights={tiny_fill}", "backbone.device=cpu", "--instruction", "x")
+    command = ("edit", tmp_path / "pytorch_lora_weights.safetensors", photo, *common, *where)
+    call(*command, "--scale", "0,1", "--out", "plain")
+    call(*command, f"backbone.transformer_file={gguf}", "backbone.offload=model", "--out", "packed.png")
+    base, changed = (Image.open(f"plain/photo-scale{scale}.png").convert("RGB") for scale in (0, 1))
+    assert max(high for _, high in ImageChops.difference(base, changed).getextrema()) > 20
+    from_gguf = Image.open("packed.png").convert("RGB")
+    assert max(high for _, high in ImageChops.difference(from_gguf, changed).getextrema()) <= 1
+
+
 def test_inspect_tells_what_a_run_holds(call: Callable[..., Result], trained: Path) -> None:
     printed = call("inspect", trained / "weights" / "pytorch_lora_weights.safetensors").stdout
     for words in ("influxedit", "flux fill", "yes, every tensor is finite", "diffusers"):
@@ -235,6 +281,19 @@ def test_doctor_says_what_there_is_and_never_a_token(
     for words in ("python", "torch", "cpu", "wandb", "hub cache", "set in the environment", "Non-Commercial"):
         assert words in printed
     assert "hf_secret" not in printed
+
+
+def test_doctor_lists_every_extra_that_commands_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pentimento import doctor
+
+    described = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = described["optional-dependencies"]
+    lines = [f'{line}; extra == "{name}"' for name, several in extras.items() for line in several]
+    monkeypatch.setattr(doctor, "_requirements", lambda: lines)
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    found = {f.name: f.value for f in doctor.examine() if f.topic == "extras"}
+    assert found.keys() == extras.keys() - {"test", "dev"} == doctor.WORKING_EXTRAS
+    assert found["gguf"] == "not installed; pip install 'pentimento[gguf]'"
 
 
 def test_world_draws_a_data_set_that_can_be_trained_on(

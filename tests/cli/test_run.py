@@ -6,13 +6,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import packed
 import pytest
 from PIL import Image, ImageChops
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pentimento
-from pentimento import recipe, run
+from pentimento import preview, recipe, run
 from pentimento.checkpoint import Interrupted
 from pentimento.errors import UserError
 from pentimento.method import Example
@@ -192,3 +193,100 @@ def test_held_out_numbers() -> None:
     assert perfect["edit_gain"] == pytest.approx(1.0)
     assert run.measure(Example(source=source, target=target), source)["edit_gain"] == pytest.approx(0.0)
     assert run.measure(Example(source=source, target=source), source)["edit_gain"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def packed_files(tiny_fill: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that take transformer and T5 from GGUF files."""
+    folder = tmp_path_factory.mktemp("packed")
+    transformer = packed.write_transformer(folder / "fill-Q8_0.gguf", tiny_fill)
+    text = packed.write_text_encoder(folder / "t5-Q8_0.gguf", tiny_fill)
+    return [f"backbone.transformer_file={transformer}", f"backbone.text_encoder_file={text}"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packed_weights_are_trained_on_and_edited_with(
+    plan, packed_files: list[str], tmp_path: Path, precision: str
+) -> None:
+    chosen = plan(*packed_files, f"backbone.precision={precision}", "watch.every=1", "watch.count=1")
+    out = run.train_run(chosen, tmp_path / "run")
+    losses = [json.loads(line).get("loss") for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert None not in losses[1:] and losses[1] != losses[2]
+    editor = run.load(out)
+    assert editor.notes == ()
+    result = editor.edit(picture(), instruction="x")
+    assert result.size == (70, 40) and result != editor.edit(picture(), instruction="x", scale=0.0)
+    readme = (out / "README.md").read_text()
+    assert "weights `tiny-fill` with the transformer of `fill-Q8_0.gguf`" in readme
+    assert str(tmp_path.parent) not in readme and b"/tmp" not in weights(out)
+
+
+def test_an_adapter_says_which_packing_it_was_trained_on(
+    plan, trained: Path, packed_files: list[str], tiny_fill: Path, tmp_path: Path
+) -> None:
+    """An adapter trained on whole weights also loads on packed ones, and the reverse, with a note that tells them apart."""
+    transformer = packed_files[0]
+    (note,) = run.load(trained, overrides=[transformer]).notes
+    assert "trained on tiny-fill, whose weights differ from those of tiny-fill with fill-Q8_0.gguf" in note
+    assert run.load(trained, overrides=packed_files[1:]).notes == ()
+    out = run.train_run(plan(transformer), tmp_path / "run")
+    file = out / "weights" / "pytorch_lora_weights.safetensors"
+    (note,) = run.load(file, overrides=[f"backbone.weights={tiny_fill}", "backbone.device=cpu"]).notes
+    assert "trained on tiny-fill with fill-Q8_0.gguf, whose weights differ from those of tiny-fill" in note
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_offloading_changes_no_training(plan, trained: Path, tmp_path: Path, cache: str) -> None:
+    overrides = ["backbone.offload=model", "watch.every=1", "watch.count=1", "watch.steps=1"]
+    out = run.train_run(plan(f"data.cache={cache}", *overrides), tmp_path / "run")
+    reference = trained
+    if cache == "off":
+        reference = run.train_run(plan("data.cache=off"), tmp_path / "reference")
+    assert weights(out) == weights(reference)
+
+
+class Board:
+    """Stands for a run of W&B."""
+
+    def __init__(self, project: str, out: Path, config: dict):
+        self.made = (project, out, config["seed"])
+        self.steps: list[int] = []
+        self.failed: bool | None = None
+        Board.last = self
+
+    def begin(self, report) -> None:
+        assert report.step == 0
+
+    def add(self, report, values, sheet) -> None:
+        assert sheet is None or sheet.is_file()
+        self.steps.append(report.step)
+
+    def close(self, *, failed: bool) -> None:
+        self.failed = failed
+
+
+def test_a_run_is_reported_to_its_project(plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.tracking, "check", lambda: None)
+    monkeypatch.setattr(run.tracking, "Board", Board)
+    out = run.train_run(plan("watch.wandb=edits", "watch.every=1", "watch.steps=1"), tmp_path / "run")
+    board = Board.last
+    assert board.made == ("edits", out, 0)
+    assert (board.steps, board.failed) == ([0, 1, 2], False)
+
+
+def test_without_a_login_nothing_is_loaded_or_left(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise UserError("watch.wandb: not logged in")
+
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run.tracking, "check", refuse)
+    monkeypatch.setattr("pentimento.flux.backbone.Flux.load", loaded)
+    with pytest.raises(UserError, match="not logged in"):
+        run.train_run(plan("watch.wandb=edits"), tmp_path / "run")
+    with pytest.raises(UserError, match="not logged in"):
+        preview.plan(plan("watch.wandb=edits"))
+    assert list(tmp_path.iterdir()) == []

@@ -1,18 +1,25 @@
 """Our verbs are diffusers' own: texts, velocity, Euler, decoding, packing; and what is released comes back."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxFillPipeline, FluxPipeline
+from diffusers import AutoencoderKL, FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
+from transformers import CLIPTextModel, T5EncoderModel
 
 from pentimento import images
 from pentimento.errors import UserError
 from pentimento.flux import sampling
 from pentimento.flux.backbone import Flux
 from pentimento.flux.config import FluxConfig
+from pentimento.method import EditSettings, Example
+from pentimento.methods.influxedit import InFluxEdit
+from pentimento.train import Draws
 
 PROMPT = "add red glasses, please"
 
@@ -257,3 +264,98 @@ def test_cudnn_attention_is_off_on_cuda(tiny_fill, monkeypatch):
     with pytest.raises(UserError, match="stop"):
         Flux.load(FluxConfig(weights=str(tiny_fill), precision="bf16"), "fill")
     assert switched == [False]
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """The parts that are on the device after each move: to cpu:0 is onto it, to cpu away from it. All run there only."""
+    parts = {
+        FluxTransformer2DModel: "transformer",
+        AutoencoderKL: "vae",
+        CLIPTextModel: "text",
+        T5EncoderModel: "text",
+    }
+    present: weakref.WeakSet = weakref.WeakSet()
+    seen: list[set[str]] = []
+
+    def spy(kind):
+        move, run = kind.to, kind.forward if kind is not AutoencoderKL else kind.encode
+
+        def to(self, device):
+            (present.add if device == torch.device("cpu:0") else present.discard)(self)
+            seen.append({parts[type(one)] for one in present})
+            return move(self, device)
+
+        def forward(self, *args, **kwargs):
+            assert self in present, f"{kind.__name__} runs elsewhere"
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "to", to)
+        monkeypatch.setattr(kind, "encode" if kind is AutoencoderKL else "forward", forward)
+
+    for kind in parts:
+        spy(kind)
+    return seen
+
+
+def offloaded(model, offload="model", mode="edit") -> InFluxEdit:
+    config = FluxConfig(weights=str(model), device="cpu:0", offload=offload)
+    return InFluxEdit.load(config, InFluxEdit.Config(mode=mode, max_sequence_length=24))
+
+
+@pytest.mark.parametrize("mode", ["edit", "split"])
+def test_offloaded_parts_take_turns_and_the_picture_is_the_same(tiny_fill, turns, picture, mode):
+    results = []
+    for offload in ("none", "model"):
+        gc.collect()
+        turns.clear()
+        method = offloaded(tiny_fill, offload, mode)
+        for seed in (1, 2):
+            example = Example(source=picture(seed), prompt=f"make it rain {seed}")
+            results.append(method.edit(example, EditSettings(seed=seed, steps=3)))
+        if offload == "none":
+            assert turns[-1] == {"transformer", "vae", "text"}
+        del method
+    assert results[:2] == results[2:] and results[0] != results[1]
+    assert max(map(len, turns)) == 1, "never two at a time"
+    runs = [
+        next(iter(part))
+        for part, before in zip(turns, [set(), *turns], strict=False)
+        if part and part != before
+    ]
+    assert runs == ["vae", "text", "transformer", "vae", "text", "transformer", "vae"]
+
+
+def test_offloading_while_training(tiny_fill, turns, picture):
+    """The encoders take turns while the transformer waits, then it stays; samples bring them back one at a time."""
+    method = offloaded(tiny_fill)
+    assert turns == [], "nothing is on the device before it is needed"
+    method.adapters.train("edit")
+    pair = Example(source=picture(1), target=picture(2), prompt="x")
+    batch = {**method.encode([pair]), **method.encode_text(["x"])}
+    assert max(map(len, turns)) == 1 and not any("transformer" in part for part in turns)
+    method.release_encoders()
+    assert turns[-1] == {"transformer"}
+    turns.clear()
+    for _, loss in method.losses(batch, Draws([(0, 0)], torch.device("cpu"))):
+        loss.backward()
+    assert turns == []
+    method.edit(Example(source=picture(3), prompt="new"), EditSettings(steps=1))
+    assert all("transformer" in part and len(part) <= 2 for part in turns)
+    assert {"transformer", "vae"} in turns and {"transformer", "text"} in turns
+
+
+def test_running_out_of_memory_while_moving_leaves_no_wrong_belief(tiny_fill, monkeypatch):
+    flux = Flux.load(FluxConfig(weights=str(tiny_fill), device="cpu:0", offload="model"), "fill")
+    flux.encode_prompts(["x"], 8)
+    with monkeypatch.context() as patch:
+
+        def full(self, device):
+            raise torch.OutOfMemoryError("full")
+
+        patch.setattr(AutoencoderKL, "to", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            flux.encode_pixels(torch.zeros(1, 3, 16, 16))
+    assert flux._present == set()
+    assert flux.encode_pixels(torch.zeros(1, 3, 16, 16)).mean.shape == (1, 16, 2, 2)
+    assert flux._present == {"vae"}
