@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 KEPT_BYTES = 256 * 2**20
-"""Row groups are kept up to this size together, in each process."""
+"""Row groups up to about this size together are kept, in each process."""
 KEPT_GROUPS = 2
 """So many are kept whatever their size, since threads that read in order meet at the border of two."""
 NOISE = 32
@@ -101,10 +101,13 @@ class Groups:
         """The row group; read where it is not at hand, upon which those asked for longest ago may go."""
         with self._lock:
             if key not in self._kept:
+                # Before reading, which needs several times the room for a moment.
+                while (
+                    len(self._kept) >= KEPT_GROUPS and sum(t.nbytes for t in self._kept.values()) > KEPT_BYTES
+                ):
+                    self._kept.popitem(last=False)
                 self._kept[key] = read()
             self._kept.move_to_end(key)
-            while len(self._kept) > KEPT_GROUPS and sum(t.nbytes for t in self._kept.values()) > KEPT_BYTES:
-                self._kept.popitem(last=False)
             return self._kept[key]
 
     def __reduce__(self) -> tuple[type["Groups"], tuple[()]]:
