@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import files
-from .data import Row
+from .data import Pair
 from .errors import UserError
 from .method import Example, Method
 from .train import Draws
@@ -47,7 +47,7 @@ class Samples:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Pair],
         method: Method,
         *,
         cache: Literal["memory", "disk", "off"] = "memory",
@@ -64,6 +64,8 @@ class Samples:
         self.caption_dropout = caption_dropout
         self.workers = workers
         self._fingerprint = method.fingerprint()
+        # Only then is one drawn: the random numbers of data sets without alternatives stay what they always were.
+        self._alternatives = any(len(row.prompts) > 1 for row in self.rows)
         self._store = Store(folder if cache == "disk" else None)
 
     def __len__(self) -> int:
@@ -88,7 +90,7 @@ class Samples:
             self.method.release_encoders()
 
     def _fill(self, progress: Progress | None) -> None:
-        prompts = list(dict.fromkeys(row.prompt for row in self.rows))
+        prompts = list(dict.fromkeys(prompt for row in self.rows for prompt in row.prompts))
         if self.caption_dropout > 0:
             prompts = list(dict.fromkeys([*prompts, ""]))
         total = len(self.rows) + len(prompts)
@@ -121,14 +123,15 @@ class Samples:
     def batch(self, loaded: Loaded | Sequence[int], draws: Draws) -> dict[str, Tensor]:
         """What ``encode`` and ``encode_text`` give for these rows, on the device of ``draws``.
 
-        With a chance of ``caption_dropout``, drawn from ``draws`` row by row, a prompt is replaced by the empty one.
+        Of rows with several prompts one is drawn from ``draws``. Then, with a chance of ``caption_dropout``, drawn row by row
+        too, a prompt is replaced by the empty one.
         """
         if not isinstance(loaded, Loaded):
             loaded = Loaded(indices=list(loaded))
         if loaded.error:
             raise loaded.error
         rows = [self.rows[index] for index in loaded.indices]
-        prompts = [row.prompt for row in rows]
+        prompts = self._prompts(rows, draws)
         if self.caption_dropout > 0:
             chances = draws.uniform().tolist()
             prompts = ["" if c < self.caption_dropout else p for p, c in zip(prompts, chances, strict=True)]
@@ -142,9 +145,15 @@ class Samples:
             raise ValueError(f"encode and encode_text both give {sorted(shared)}")
         return {key: value.to(draws.device) for key, value in {**pictures, **text}.items()}
 
-    def _pictures(self, row: Row) -> Entry:
+    def _prompts(self, rows: Sequence[Pair], draws: Draws) -> list[str]:
+        if not self._alternatives:
+            return [row.prompts[0] for row in rows]
+        chances = draws.uniform().tolist()
+        return [row.prompts[int(c * len(row.prompts))] for row, c in zip(rows, chances, strict=True)]
+
+    def _pictures(self, row: Pair) -> Entry:
         extra = json.dumps(row.extra, sort_keys=True, default=str)
-        key = _key("pictures", row.digest(), row.prompt, extra, self._fingerprint)
+        key = _key("pictures", row.digest(), row.prompts[0], extra, self._fingerprint)
         return self._store.get(key, lambda: self.method.encode([row.load()]))
 
     def _text(self, prompt: str) -> Entry:
@@ -186,7 +195,7 @@ class Store:
 class Pictures(Dataset[tuple[int, Example | UserError]]):
     """Pictures loaded by worker processes."""
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: Sequence[Pair]):
         self.rows = rows
 
     def __len__(self) -> int:

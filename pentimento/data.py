@@ -1,24 +1,35 @@
-"""Data sets of before/after pairs: what lies in a folder or a JSONL file, checked strictly before anything is trained.
+"""Data sets of before/after pairs: what lies in folders, JSONL files and shards, checked strictly before anything is trained.
 
 A pair whose other half has a slightly different name is an error with the nearest name, never a guess and never left out:
 trainers that leave such pairs out silently, or shift the rest up, learn from the wrong partners.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from . import images
+from . import images, parquet
 from .errors import UserError, counted
 from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_side_by_side
 from .method import Example
 
 ASPECT_TOLERANCE = 1.02  # a target 2 % wider than its source is a crop, not rounding
+SCANS = {"pairs": scan_pairs, "side_by_side": scan_side_by_side, "jsonl": scan_jsonl}
+"""Kinds whose pictures are files of their own."""
+USED_BY = {
+    "prompt": tuple(SCANS),
+    "mask_white": tuple(SCANS),
+    "tasks": ("omniedit", "icedit"),
+    "min_score": ("omniedit", "icedit"),
+    "crop_noise": ("magicbrush", "icedit"),
+}
+"""Fields that not every kind of data set has a use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +38,24 @@ class DataConfig:
 
     root: str = ""
     """Folder of the data set; for ``jsonl`` the file, or a folder that holds one such file."""
-    kind: Literal["pairs", "side_by_side", "jsonl"] = "pairs"
+    kind: Literal["pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit"] = "pairs"
     """``pairs``: folders source/ and target/ (or train_A/ and train_B/, or control/ and target/), files matched by stem.
     ``side_by_side``: one folder of double-wide pictures, left before, right after. ``jsonl``: one JSON object per line with
     the fields source, target, prompt, mask (paths relative to the file; the names of other trainers are understood).
     For the first two, prompts lie in prompts/STEM.txt, train_prompts.json, or STEM.txt beside the target, and masks in
-    masks/."""
+    masks/. ``magicbrush``, ``omniedit``: Parquet shards of these public sets (``pentimento download``), in root or its
+    folder data/; ``icedit``: the former in root/magicbrush, then the latter in root/omniedit."""
     prompt: str | None = None
     """Instruction of every pair for which the data set has none; "" trains without one."""
     mask_white: Literal["change", "keep"] = "change"
     """What white means in masks: where the picture may change, or what must be kept (EditInfinity's own files)."""
+    tasks: tuple[str, ...] = ()
+    """OmniEdit: use only rows of these tasks, such as removal, swap, style; none named: all."""
+    min_score: float | None = None
+    """OmniEdit: use only rows whose o_score (where that is absent, the mean of sc_score_1, sc_score_2 and pq_score) is at
+    least this; none: all, as the published training did."""
+    crop_noise: bool = True
+    """MagicBrush: cut the lowest 1/32 of the rows, which are noise in many of its pictures, off source and target."""
     limit: int | None = None
     """Use only the first so many pairs, in the order of their names (of a JSONL file: of its lines); none: all."""
     held_out: int = 4
@@ -59,11 +78,70 @@ class DataConfig:
             raise UserError(f"data.caption_dropout is a probability from 0 to 1, not {self.caption_dropout}")
         if self.workers < 0:
             raise UserError(f"data.workers is a number of processes, 0 or more, not {self.workers}")
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            raise UserError(f"data.min_score is the lowest score to use, not {self.min_score}")
+        for one in fields(self):
+            kinds = USED_BY.get(one.name, (self.kind,))
+            if self.kind not in kinds and getattr(self, one.name) != one.default:
+                raise UserError(
+                    f"data.{one.name} has no meaning with data.kind={self.kind}, only with {', '.join(kinds)}; leave it out"
+                )
+
+
+class Picture(Hashable, Protocol):
+    """One stored picture; equal ones are the same picture."""
+
+    def check(self) -> None:
+        """Decode it; raises ``UserError`` naming it if it cannot be."""
+
+
+class Pair(Protocol):
+    """One pair wherever it lies, its pictures not yet decoded: what all shared code knows of a data set."""
+
+    @property
+    def key(self) -> str:
+        """Name of the sample, unique in its data set and usable as a file name."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Its instructions, at least one; training draws one of them for each step."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(width, height)`` of the source, upright; may have to read the picture's header first."""
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Further fields of the data set."""
+
+    def load(self) -> Example:
+        """Decode the pictures, each in its own size; the prompt is the first. Raises ``UserError`` naming what cannot be."""
+
+    def digest(self) -> str:
+        """SHA-256 over what the pictures hold: independent of prompt, names and place. Computed once."""
+
+    def pictures(self) -> tuple[Picture, ...]:
+        """The stored pictures that it is made of."""
+
+    def places(self) -> Mapping[str, str | None]:
+        """Where source, target and mask lie, in words."""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture or a mask in a file of its own."""
+
+    path: Path
+    is_mask: bool = False
+
+    def check(self) -> None:
+        """Decode it; raises ``UserError`` naming it if it cannot be."""
+        images.open_mask(self.path) if self.is_mask else images.open_image(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One pair as found, its pictures not yet decoded."""
+    """A pair of files as found, its pictures not yet decoded."""
 
     key: str
     """Name of the sample, unique in its data set and usable as a file name."""
@@ -78,6 +156,11 @@ class Row:
     """``source`` and ``target`` are one file, of which they are the left and right half."""
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     """Further fields of a JSONL line."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The one prompt."""
+        return (self.prompt,)
 
     def load(self) -> Example:
         """Decode the pictures, each in its own size; raises ``UserError`` naming a file that cannot be."""
@@ -103,18 +186,35 @@ class Row:
             digest.update(_file_digest(path) if path else bytes(32))
         return digest.hexdigest()
 
+    def pictures(self) -> tuple[PictureFile, ...]:
+        """The files; source and target may be one."""
+        pair = (PictureFile(self.source), PictureFile(self.target))
+        return (*pair, PictureFile(self.mask, is_mask=True)) if self.mask else pair
 
-def open_data(config: DataConfig) -> list[Row]:
-    """Find the pairs of a data set, read their prompts and sizes, and check all that headers and names can tell.
+    def places(self) -> dict[str, str | None]:
+        """Paths of the files."""
+        paths = {"source": self.source, "target": self.target, "mask": self.mask}
+        return {name: str(path) if path else None for name, path in paths.items()}
+
+
+def open_data(config: DataConfig) -> list[Pair]:
+    """Find the pairs of a data set, read their prompts, and check all that names, headers and columns can tell.
 
     Raises ``UserError`` for folders that are missing, empty or unreadable, pictures without partner (with the nearest name),
-    two pictures of one stem, stray files, unreadable headers, pairs of different aspect, missing prompts and broken JSONL.
+    two pictures of one stem, stray files, unreadable headers, pairs of different aspect, missing prompts, broken JSONL, and
+    shards that are damaged or have other columns. Pictures within shards are not looked at yet, see ``verify``.
     """
     if not config.root:
         raise UserError("data.root is empty; give the folder that holds the data set")
     root = Path(config.root).expanduser()
-    scan = {"pairs": scan_pairs, "side_by_side": scan_side_by_side, "jsonl": scan_jsonl}[config.kind]
-    found, where = scan(root)
+    if config.kind in SCANS:
+        return [*_open_files(root, config)]
+    chosen = parquet.Choice(tasks=config.tasks, min_score=config.min_score, crop_noise=config.crop_noise)
+    return [*parquet.open_shards(root, config.kind, chosen)[: config.limit]]
+
+
+def _open_files(root: Path, config: DataConfig) -> list[Row]:
+    found, where = SCANS[config.kind](root)
     found = found[: config.limit]
     bare = [one.key for one in found if not one.prompt]
     if bare and config.prompt is None:
@@ -165,7 +265,7 @@ def _check_aspect(path: Path, size: tuple[int, int], other: Path, other_size: tu
         raise UserError(f"{path} and {other}: their aspects differ ({sizes}); crop them alike")
 
 
-def held_out(rows: Sequence[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
+def held_out(rows: Sequence[Pair], config: DataConfig) -> tuple[list[Pair], list[Pair]]:
     """Split into pairs to train on and pairs held out; the latter are those with the smallest hash of their key.
 
     So the same pairs are held out on every machine, whatever their order. With ``held_out_root`` all rows are trained on
@@ -187,14 +287,14 @@ def held_out(rows: Sequence[Row], config: DataConfig) -> tuple[list[Row], list[R
     return [row for row in rows if row.key not in keys], [row for row in rows if row.key in keys]
 
 
-def verify(rows: Iterable[Row], progress: Callable[[int, int], None] | None = None) -> None:
+def verify(rows: Iterable[Pair], progress: Callable[[int, int], None] | None = None) -> None:
     """Decode every picture once and raise one ``UserError`` with all that cannot be.
 
     A cut-off picture has a sound header, so that only this finds it before training does. ``progress`` is called with the
     number of pictures done and of all.
     """
-    # A dictionary drops repeated files and keeps their order.
-    jobs = list(dict.fromkeys(job for row in rows for job in _pictures_of(row)))
+    # A dictionary drops repeated pictures and keeps their order, in which those of a shard lie together.
+    jobs = list(dict.fromkeys(picture for row in rows for picture in row.pictures()))
     problems = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for done, problem in enumerate(pool.map(_problem, jobs), start=1):
@@ -208,15 +308,9 @@ def verify(rows: Iterable[Row], progress: Callable[[int, int], None] | None = No
         )
 
 
-def _pictures_of(row: Row) -> list[tuple[Path, bool]]:
-    pictures = [(row.source, False), (row.target, False)]
-    return [*pictures, (row.mask, True)] if row.mask else pictures
-
-
-def _problem(job: tuple[Path, bool]) -> str:
-    path, is_mask = job
+def _problem(picture: Picture) -> str:
     try:
-        images.open_mask(path) if is_mask else images.open_image(path)
+        picture.check()
     except UserError as error:
         return str(error)
     return ""

@@ -1,8 +1,9 @@
 """Pictures: reading them on purpose, geometry of canvases, tensors, and contact sheets.
 
 Outside of the backbones a picture is a PIL image: RGB, or L for a mask, upright, 8 bits. Whatever a file
-holds is brought to that form here and nowhere else. Colour profiles are ignored, as diffusers and the
-reference implementations ignore them.
+holds is brought to that form here and nowhere else; only pictures of parquet shards keep their stored mode
+until a method takes them, because it matters in which order they are scaled and converted. Colour profiles
+are ignored, as diffusers and the reference implementations ignore them.
 """
 
 import math
@@ -11,10 +12,11 @@ import stat
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -32,6 +34,7 @@ WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 PAPER, INK, FAINT, FRAME = (255, 255, 255), (33, 37, 41), (90, 96, 104), (206, 210, 215)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Opener = Callable[[], BinaryIO]
 
 # What Pillow's decoders raise for damaged files; a fuzzed header reaches all of them.
 BROKEN = (
@@ -54,7 +57,19 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     16 bits are scaled to 8. Raises ``UserError`` naming the file: missing, empty, damaged, not a picture,
     animated, over 100 megapixels.
     """
-    image = _eight_bits(_decode(Path(path)), Path(path))
+    return to_rgb(_decode(Path(path)))
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """A picture that lies in memory, such as a cell of a parquet shard: upright, 8 bits, in its stored mode.
+
+    ``name`` stands for it in messages. Raises ``UserError`` as ``open_image`` does.
+    """
+    return _decoded(lambda: BytesIO(data), name)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any 8-bit mode as RGB, transparency composited on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,8 +83,7 @@ def open_mask(path: str | os.PathLike[str], *, white: Literal["change", "keep"] 
     for masks that would mean something else than intended: transparent pixels, and the values 0 and 1
     instead of 0 and 255, which are black to every reader.
     """
-    path = Path(path)
-    image = _eight_bits(_decode(path), path)
+    image = _decode(Path(path))
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise UserError(
             f"{path}: a mask with transparent pixels can be read in two ways; save it without transparency, "
@@ -83,44 +97,59 @@ def open_mask(path: str | os.PathLike[str], *, white: Literal["change", "keep"] 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """``(width, height)`` that ``open_image`` will return, from the header alone; ``UserError`` as there."""
-    with _header(Path(path)) as image:
+    path = Path(path)
+    _check_file(path)
+    return _size(lambda: path.open("rb"), path)
+
+
+def decode_size(data: bytes, name: str) -> tuple[int, int]:
+    """``(width, height)`` that ``decode`` will return, from the header alone; ``UserError`` as there."""
+    return _size(lambda: BytesIO(data), name)
+
+
+def _size(opener: Opener, name: object) -> tuple[int, int]:
+    with _header(opener, name) as image:
         width, height = image.size
         # Pillow turns a TIFF itself, its size included.
-        turned = image.format != "TIFF" and _orientation(image, Path(path)) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and _orientation(image, opener) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
 
 
 def _decode(path: Path) -> Image.Image:
-    """The decoded picture in the file's own mode, upright."""
-    with _header(path) as image:
+    _check_file(path)
+    return _decoded(lambda: path.open("rb"), path)
+
+
+def _decoded(opener: Opener, name: object) -> Image.Image:
+    """The decoded picture in its own mode, upright, with 8 bits."""
+    with _header(opener, name) as image:
         frames = getattr(image, "n_frames", 1)  # only some of Pillow's classes have it
         # An MPO is a phone's JPEG; its further frames are previews or depth, the first is the picture.
         if frames > 1 and image.format != "MPO":
-            raise UserError(f"{path}: holds {frames} frames or pages; save the wanted one as a PNG")
+            raise UserError(f"{name}: holds {frames} frames or pages; save the wanted one as a PNG")
         image.load()
-        return ImageOps.exif_transpose(image)
+        return _eight_bits(ImageOps.exif_transpose(image), name)
 
 
 @contextmanager
-def _header(path: Path) -> Iterator[Image.Image]:
+def _header(opener: Opener, name: object) -> Iterator[Image.Image]:
     """The picture with its header checked, not decoded; what Pillow raises inside becomes ``UserError``."""
-    _check_file(path)
     try:
-        with catch_warnings():
-            simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
-            image = Image.open(path)
-        with image:
+        with opener() as file:
+            with catch_warnings():
+                simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
+                image = Image.open(file)
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: {_by(image.size)} is over 100 megapixels; scale the picture down")
+                raise UserError(f"{name}: {_by(image.size)} is over 100 megapixels; scale the picture down")
             yield image
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: the picture is over 100 megapixels; scale it down") from error
+        raise UserError(f"{name}: the picture is over 100 megapixels; scale it down") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path}: {_what_it_is(path)}") from error
+        raise UserError(f"{name}: {_what_it_is(opener)}") from error
     except PermissionError as error:
-        raise UserError(f"{path}: the picture cannot be read ({error.strerror})") from error
+        raise UserError(f"{name}: the picture cannot be read ({error.strerror})") from error
     except BROKEN as error:
-        raise UserError(f"{path}: the picture is damaged or cut off ({error}); export it again") from error
+        raise UserError(f"{name}: the picture is damaged or cut off ({error}); export it again") from error
 
 
 def _check_file(path: Path) -> None:
@@ -136,26 +165,26 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: the file is empty (0 bytes); export it again")
 
 
-def _what_it_is(path: Path) -> str:
-    with path.open("rb") as file:
+def _what_it_is(opener: Opener) -> str:
+    with opener() as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the picture itself; run `git lfs pull`"
     return "is not a picture, whatever its name says; PNG, JPEG, WebP, BMP and TIFF can be read"
 
 
-def _orientation(image: Image.Image, path: Path) -> int:
+def _orientation(image: Image.Image, opener: Opener) -> int:
     """The EXIF orientation, 1..8, without decoding the pixels."""
     # Pillow decodes a whole PNG to look for EXIF behind the pixels: only worth it where there is some.
-    if image.format == "PNG" and "exif" not in image.info and not _png_has_late_metadata(path):
+    if image.format == "PNG" and "exif" not in image.info and not _png_has_late_metadata(opener):
         exif = Image.Image.getexif(image)
     else:
         exif = image.getexif()
     return int(exif.get(0x0112, 1))
 
 
-def _png_has_late_metadata(path: Path) -> bool:
-    with path.open("rb") as file:
+def _png_has_late_metadata(opener: Opener) -> bool:
+    with opener() as file:
         position, pixels = 8, False
         while True:
             file.seek(position)
@@ -168,15 +197,15 @@ def _png_has_late_metadata(path: Path) -> bool:
             position += 12 + int.from_bytes(chunk[:4], "big")
 
 
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+def _eight_bits(image: Image.Image, name: object) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own ``convert`` clips at 255: nearly everything becomes white."""
     if image.mode == "F":
-        raise UserError(f"{path}: a floating-point picture has no defined white; save it with 8 or 16 bits")
+        raise UserError(f"{name}: a floating-point picture has no defined white; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path}: a 32-bit picture has no defined white; save it with 8 or 16 bits")
+        raise UserError(f"{name}: a 32-bit picture has no defined white; save it with 8 or 16 bits")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
@@ -243,6 +272,17 @@ def half_mask(size: tuple[int, int], side: Literal["left", "right"] = "right") -
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale to ``(width, height)`` with the reference's filter, antialiased bilinear: what a model sees."""
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def panel(image: Image.Image, size: int) -> Image.Image:
+    """A picture of any mode as one RGB square of a training diptych, as ICEdit makes it.
+
+    Bicubic in the stored mode and only then RGB: Pillow scales palettes with nearest neighbours, and transparent
+    pixels show the colour stored beneath them, not white. The aspect is not kept.
+    """
+    square = image.resize((size, size), Image.Resampling.BICUBIC)
+    square.info.pop("transparency", None)  # without effect on the pixels, but Pillow warns about it
+    return square.convert("RGB")
 
 
 def resize_result(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -345,7 +385,7 @@ def sheet(
 def _fit(image: Image.Image, cell: int) -> Image.Image:
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return resize_result(image.convert("RGB"), size)
+    return resize_result(to_rgb(image), size)
 
 
 def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:

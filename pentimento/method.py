@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL.Image import Image
 from torch import Tensor
 
-from .images import resize
+from .images import resize, to_rgb
 
 if TYPE_CHECKING:
     from .adapters import Adapters
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row of a data set; also the input of an edit. Pictures are RGB, ``mask`` is L and white where it may change."""
+    """One row of a data set; also the input of an edit. ``mask`` is L and white where the picture may change.
+
+    Pictures are RGB, but those of parquet shards are in the mode they were stored in: methods use ``images.to_rgb``, or
+    ``images.panel`` where it matters that they are scaled first.
+    """
 
     source: Image | None = None
     target: Image | None = None
@@ -99,8 +103,11 @@ class Method(ABC):
 
     def views(self, example: Example) -> dict[str, Image]:
         """The pictures of a pair as the model is given them, by name; that of a mask says what white means."""
-        pictures = {"source": example.source, "target": example.target, "mask-white-changes": example.mask}
-        return {name: resize(p, self.size(*p.size)) for name, p in pictures.items() if p is not None}
+        pictures = {"source": example.source, "target": example.target}
+        views = {name: to_rgb(picture) for name, picture in pictures.items() if picture is not None}
+        if example.mask is not None:
+            views["mask-white-changes"] = example.mask
+        return {name: resize(picture, self.size(*picture.size)) for name, picture in views.items()}
 
     def text(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""

@@ -83,7 +83,7 @@ def plan(recipe: Recipe) -> Plan:
         recipe=recipe,
         samples=len(training),
         held_out=len(held),
-        prompts=len({row.prompt for row in training}),
+        prompts=len({prompt for row in training for prompt in row.prompts}),
         buckets=buckets,
         trainable=None if method is None else trainable(method, recipe),
     )
@@ -125,21 +125,19 @@ def show(recipe: Recipe, index: int, out: Path) -> list[Path]:
             f"backbone.weights: {recipe.backbone.weights} is not on this machine, and its sizes are needed"
         )
     row = rows[index]
+    prompt, *alternatives = row.prompts
     views = method.views(row.load())
     written = [images.save_image(view, out / f"{row.key}-{name}.png") for name, view in views.items()]
     about = {
         "key": row.key,
         "index": index,
-        "prompt": row.prompt,
-        "prompt_for_the_model": method.text(row.prompt),
+        "prompt": prompt,
+        "alternatives": alternatives,
+        "prompt_for_the_model": method.text(prompt),
         "size": list(row.size),
         "training_size": list(method.size(*row.size)),
         "views": {name: list(view.size) for name, view in views.items()},
-        "files": {
-            "source": str(row.source),
-            "target": str(row.target),
-            "mask": str(row.mask) if row.mask else None,
-        },
+        "files": dict(row.places()),
     }
     path = out / f"{row.key}.json"
     write_text(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")

@@ -87,7 +87,7 @@ def train_run(
 
 
 def _train(
-    recipe: Recipe, out: Path, rows: list[data.Row], held_out: list[data.Row], init: str | Path | None
+    recipe: Recipe, out: Path, rows: list[data.Pair], held_out: list[data.Pair], init: str | Path | None
 ) -> None:
     method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
     method.adapters.reset(recipe.seed)
@@ -148,8 +148,8 @@ def measure(example: Example, result: Image) -> dict[str, float]:
     """How near a result came to a held-out target: PSNR (dB, at most 100), SSIM, and the share of the edit that was made."""
     if example.source is None or example.target is None:
         return {}
-    target = images.resize(example.target, result.size)
-    gain = float(metrics.edit_gain(example.source, result, target))
+    source, target = images.to_rgb(example.source), images.resize(images.to_rgb(example.target), result.size)
+    gain = float(metrics.edit_gain(source, result, target))
     return {
         "psnr": min(float(metrics.psnr(result, target)), HIGHEST_PSNR),
         "ssim": float(metrics.ssim(result, target)),

@@ -1,7 +1,9 @@
 """Every kind of file that people put into data folders, the geometry of canvases, tensors and sheets."""
 
+import io
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -390,3 +392,54 @@ def test_sheet_refuses_a_wrong_number_of_texts():
     ):
         with pytest.raises(ValueError, match="one (title|label) per"):
             images.sheet(rows, titles=titles, labels=labels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+def test_pictures_in_memory_keep_their_mode(mode):
+    image = picture().convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    read = images.decode(data, "cell 3")
+    assert read.mode == mode and np.array_equal(pixels(read), pixels(image))
+    assert images.decode_size(data, "cell 3") == read.size
+
+
+def test_pictures_in_memory_are_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    data = encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)
+    assert images.decode_size(data, "x") == images.decode(data, "x").size == (4, 6)
+
+
+def test_bad_pictures_in_memory_are_named():
+    data = encoded(picture(64, 64))
+    for bad, words in ((data[: len(data) // 2], "damaged or cut off"), (b"hello", "is not a picture")):
+        with pytest.raises(UserError, match=f"^cell 3: .*{words}"):
+            images.decode(bad, "cell 3")
+    with pytest.raises(UserError, match="^cell 3: is not a picture"):
+        images.decode_size(b"hello", "cell 3")
+
+
+def test_a_panel_is_scaled_in_its_own_mode_and_then_rgb():
+    """Palettes with nearest neighbours, transparent pixels with the colour beneath them."""
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 10, 20, 0, 200, 100])
+    palette.putpixel((1, 0), 1)
+    palette.info["transparency"] = bytes([255, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        colours = images.panel(palette, 8).getcolors()
+    assert sorted(colours) == [(32, (0, 200, 100)), (32, (200, 10, 20))]
+    glass = Image.new("RGBA", (3, 3), (10, 20, 30, 128))
+    assert images.panel(glass, 3).getcolors() == [(9, (10, 20, 30))]
+    assert images.to_rgb(glass).getcolors() == [(9, (132, 137, 142))]
+    wide = picture(40, 20)
+    assert np.array_equal(
+        pixels(images.panel(wide, 16)), pixels(wide.resize((16, 16), Image.Resampling.BICUBIC))
+    )
+    assert images.panel(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), 2).getpixel((0, 0)) == (255, 0, 0)

@@ -190,7 +190,7 @@ class InFluxEdit(Method):
             name = example.key or "a pair"
             raise UserError(f"{name}: influxedit learns from pairs, but there is no {missing} picture")
         size = self.size(*source.size)
-        return images.resize(source, size), images.resize(target, size)
+        return images.resize(images.to_rgb(source), size), images.resize(images.to_rgb(target), size)
 
     def views(self, example: Example) -> dict[str, Image]:
         """What Fill is given of a pair: the picture to draw, the condition, and the mask; in split mode whole canvases."""
@@ -261,7 +261,7 @@ class InFluxEdit(Method):
         if steps < 1:
             raise UserError(f"steps must be at least 1, but it is {steps}")
         size = self.size(*source.size)
-        picture = images.resize(source.convert("RGB"), size)
+        picture = images.resize(images.to_rgb(source), size)
         split = self.config.mode == "split"
         pixels = images.to_tensor([images.join(picture, picture) if split else picture])
         # Laid out as the stock pipelines do: then the convolutions sum in the same order, to the last bit.
