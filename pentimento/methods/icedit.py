@@ -199,7 +199,8 @@ class ICEdit(Method):
 
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:
         """Flow matching on the diptych: ``mean (v - (noise - x_0))^2``, over both halves unless ``loss_on`` is right."""
-        v, target = self.predict(batch, draws)
+        self.adapters.use(edit=1.0)
+        v, target = self.flow(batch, draws)
         error = (v.float() - target) ** 2
         if self.config.loss_on == "right":
             columns = batch["x0_mean"].shape[-1] // 2
@@ -219,8 +220,12 @@ class ICEdit(Method):
             yield "flow", loss
         yield from ((f"expert_{number}", share) for number, share in enumerate(usage))
 
-    def predict(self, batch: dict[str, Tensor], draws: "Draws") -> tuple[Tensor, Tensor]:
-        """Velocity ``(B, T, 64)`` at a random time with the adapter on, and what it should be.
+    def predict(self, batch: dict[str, Tensor], draws: "Draws") -> Tensor:
+        """Velocity ``(B, T, 64)`` at a random time with the adapters as they are set."""
+        return self.flow(batch, draws)[0]
+
+    def flow(self, batch: dict[str, Tensor], draws: "Draws") -> tuple[Tensor, Tensor]:
+        """Velocity ``(B, T, 64)`` at a random time with the adapters as they are set, and what it should be.
 
         Draws, in the reference's order: posterior of x0, posterior of the condition, time, noise, offset.
         """
@@ -236,8 +241,6 @@ class ICEdit(Method):
             noise = noise + self.config.offset_noise * draws.normal_like(noise[:, :1])
         s = sigma.view(-1, 1, 1)
         x_t = (1 - s) * x0 + s * noise
-
-        self.adapters.use(edit=1.0)
         text = Text(prompt_embeds=batch["prompt_embeds"], pooled=batch["pooled"])
         grid = (mean.shape[-2] // 2, mean.shape[-1] // 2)
         v = flux.velocity(x_t, sigma, text, grid=grid, guidance=self.config.guidance, condition=condition)

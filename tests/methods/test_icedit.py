@@ -107,7 +107,7 @@ def test_loss_on_the_right_half_is_the_part_of_the_whole(method, pairs, monkeypa
     zero = torch.zeros(3, 8, 64)
     for made in (both, right):
         monkeypatch.setattr(made.flux, "velocity", lambda *a, **k: zero)
-    _, target = both.predict(batch, Noise(1, 2, 3))
+    _, target = both.flow(batch, Noise(1, 2, 3))
     grid = (target**2).reshape(3, 2, 4, 64)
     torch.testing.assert_close(flow(right, batch, Noise(1, 2, 3)), grid[:, :, 2:].mean())
     torch.testing.assert_close(flow(both, batch, Noise(1, 2, 3)), grid.mean())
@@ -115,8 +115,8 @@ def test_loss_on_the_right_half_is_the_part_of_the_whole(method, pairs, monkeypa
 
 def test_offset_noise_is_one_value_per_channel(method, pairs):
     batch = encoded(method(), pairs)
-    _, plain = method().predict(batch, Noise(1, 2, 3))
-    _, moved = method(offset_noise=0.1).predict(batch, Noise(1, 2, 3))
+    _, plain = method().flow(batch, Noise(1, 2, 3))
+    _, moved = method(offset_noise=0.1).flow(batch, Noise(1, 2, 3))
     offset = moved - plain
     assert offset.abs().max() > 0.1
     torch.testing.assert_close(offset, offset[:, :1].expand_as(offset), rtol=0, atol=1e-6)
