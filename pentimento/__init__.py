@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .recipe import load as load_recipe
     from .run import Editor, load, train_run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Editor", "__version__", "load", "load_recipe", "train_run"]
 
 
