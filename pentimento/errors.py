@@ -1,4 +1,8 @@
-"""The one kind of error that is the user's to mend: a config, a file, a picture, weights, memory."""
+"""The one kind of error that is the user's to mend: a config, a file, a picture, weights, memory; and how it is worded."""
+
+from collections.abc import Sequence
+
+SHOWN = 3
 
 
 class UserError(Exception):
@@ -6,3 +10,19 @@ class UserError(Exception):
 
     The command line prints it as one message and exits with code 2.
     """
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 picture`` or ``3 pictures``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without what follows below."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -144,7 +144,10 @@ def test_rows_without_scores_are_refused_only_where_they_are_needed(tmp_path):
     assert len(open_data(config(tmp_path, "omniedit"))) == 3
     assert len(open_data(config(tmp_path, "omniedit", tasks=("removal",), min_score=1))) == 2
     message = problem(tmp_path, "omniedit", min_score=1)
-    assert "train-0.parquet: 1 of 3 rows have no score" in message and message.endswith("\n  row 1")
+    assert (
+        "no score (in o_score, sc_score_1, sc_score_2, pq_score) in 1 of 3 rows" in message
+        and message.endswith("\n  row 1")
+    )
     assert "o_score, sc_score_1, sc_score_2, pq_score" in message and "data.min_score" in message
 
 
@@ -334,7 +337,7 @@ def test_an_empty_instruction_names_the_row(magic, value):
         [shards.magic(0), shards.magic(1, instruction=value)],
     )
     message = problem(magic, "magicbrush")
-    assert "1 of 6 rows have an empty instruction" in message and f"{path}, row 1, instruction" in message
+    assert "an empty instruction in 1 of 6 rows" in message and f"{path}, row 1, instruction" in message
 
 
 def test_of_several_instructions_the_empty_ones_are_left_out(tmp_path):
