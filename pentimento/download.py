@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from .errors import UserError, counted, first_line
 from .layouts import listed
+from .parquet import MIXES
 from .schema import nearest
 
 
@@ -47,10 +48,8 @@ SOURCES = {
         ),
     ),
 }
-FOLDERS = {
-    "magicbrush": {"magicbrush": ""},
-    "omniedit": {"omniedit": ""},
-    "icedit": {"magicbrush": "magicbrush", "omniedit": "omniedit"},
+FOLDERS = {name: {name: ""} for name in SOURCES} | {
+    mix: {name: name for name in names} for mix, names in MIXES.items()
 }
 """What can be asked for: its data sets, and where each lies in the folder that is named, as the same ``data.kind`` reads it."""
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}

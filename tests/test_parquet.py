@@ -359,10 +359,11 @@ def test_pictures_that_cannot_be_decoded_are_found_before_training(tmp_path):
         {"bytes": None, "path": "elsewhere.png"},
         None,
         shards.cell(shards.noise(1), "GIF", **frames),
+        shards.cell(Image.new("1", (12_000, 12_000))),
     ]
     shards.write(tmp_path / "train-0.parquet", [shards.magic(n, target_img=one) for n, one in enumerate(bad)])
     message = unsound(tmp_path, "magicbrush")
-    assert "6 of 12 pictures cannot be used" in message
+    assert "7 of 14 pictures cannot be used" in message
     lines = message.splitlines()[1:]
     words = [
         "damaged or cut off",
@@ -371,6 +372,7 @@ def test_pictures_that_cannot_be_decoded_are_found_before_training(tmp_path):
         "holds no picture",
         "holds no picture",
         "2 frames",
+        "12000x12000 is over 100 megapixels",
     ]
     for number, (line, said) in enumerate(zip(lines, words, strict=True)):
         assert line.startswith(f"  {tmp_path}/train-0.parquet, row {number}, target_img: ") and said in line
