@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from . import recipe as recipe_
 from .adapters import Adapters
 from .cache import Samples
 from .checkpoint import Interrupted
-from .data import Row
 from .errors import UserError
 from .method import EditSettings, Example, Method
 from .recipe import Recipe
@@ -31,6 +30,7 @@ from .schema import Origin
 from .specs import ExpertLoRA, LoRA
 from .train import Draws, Stage
 
+T = TypeVar("T")
 PLAIN = "plain"
 """Name of the new adapter beside the original one."""
 Scales = dict[str, Any]
@@ -202,10 +202,10 @@ def _samples(
     return training, watched, bool(held)
 
 
-def _spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most so many rows, from all over the data set."""
-    count = min(count, len(rows))
-    return [rows[number * len(rows) // count] for number in range(count)]
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most so many items, from all over: data sets are often sorted."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 @torch.no_grad()
@@ -218,9 +218,9 @@ def predict(method: Method, batch: dict[str, Tensor], draws: Draws, scales: Scal
 def _batches(
     method: Method, samples: Samples, count: int, *key: int | str
 ) -> Iterator[tuple[dict[str, Tensor], Draws]]:
-    """The first pairs one by one, each with noise of its own that is the same every time."""
+    """So many pairs one by one, from all over, each with noise of its own that is the same every time."""
     device = next(method.adapters.host.parameters()).device
-    for index in range(min(count, len(samples))):
+    for index in _spread(range(len(samples)), count):
         draws = Draws([(*key, index)], device)
         with torch.no_grad():
             batch = samples.batch([index], draws)
