@@ -38,7 +38,10 @@ Scales = dict[str, Any]
 
 
 class Predicting(Protocol):
-    """What a method must offer beside ``Method``, and a ``Config`` whose field ``lora`` is its one adapter."""
+    """What a method must offer beside ``Method``.
+
+    Its ``Config`` holds its one adapter as ``lora``; a ``balance_weight`` there is for experts alone.
+    """
 
     adapters: Adapters
 
@@ -173,11 +176,18 @@ def _make(
         "error": {key: round(value, 6) for key, value in error.items()},
         "measured_on": f"{min(len(watched), settings.measured)} {'held-out' if held else 'training'} pairs",
     }
-    config = dataclasses.replace(recipe.config, lora=plain)
-    record = run.record_of(dataclasses.replace(recipe, config=config), method)
+    record = run.record_of(dataclasses.replace(recipe, config=_plain_config(recipe.config, plain)), method)
     with export_.writing(file):
         method.adapters.save_one(file, PLAIN, {**record, "export": about}, called=name)
     return export_.Exported(file=file, lines=_report(file, method, plain, about))
+
+
+def _plain_config(config: Any, plain: LoRA) -> Any:
+    """The method's settings for the plain LoRA, so that an edit with its file takes them."""
+    changes: dict[str, Any] = {"lora": plain}
+    if any(field.name == "balance_weight" for field in dataclasses.fields(config)):
+        changes["balance_weight"] = 0.0
+    return dataclasses.replace(config, **changes)
 
 
 def _samples(
