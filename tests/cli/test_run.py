@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pentimento
-from pentimento import recipe, run
+from pentimento import recipe, run, runfolder
 from pentimento.checkpoint import Interrupted
 from pentimento.errors import UserError
 from pentimento.method import Example
@@ -192,3 +192,11 @@ def test_held_out_numbers() -> None:
     assert perfect["edit_gain"] == pytest.approx(1.0)
     assert run.measure(Example(source=source, target=target), source)["edit_gain"] == pytest.approx(0.0)
     assert run.measure(Example(source=source, target=source), source)["edit_gain"] == 0.0
+
+
+def test_a_run_folder_that_vanishes_hides_no_error(tmp_path):
+    """What ended the run is told, not that its folder is gone."""
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="the reason"), runfolder.locked(out):
+        shutil.rmtree(out)
+        raise UserError("the reason")
