@@ -13,10 +13,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pentimento
-from pentimento import preview, recipe, run
-
-
-from pentimento import recipe, run, runfolder
+from pentimento import preview, recipe, run, runfolder
 from pentimento.checkpoint import Interrupted
 from pentimento.errors import UserError
 from pentimento.method import Example
