@@ -278,3 +278,15 @@ def test_a_section_of_two_kinds_is_the_one_whose_keys_it_has() -> None:
 def test_a_mistake_in_a_section_of_two_kinds_does_not_make_it_the_other(lora, said) -> None:
     with pytest.raises(UserError, match=said):
         section(targets="x", **lora)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "-edit", "a.b", "two words", "'a\\\\b'", '""'])
+def test_a_stage_is_named_so_that_its_checkpoints_are_found_again(tmp_path: Path, name: str) -> None:
+    said = mistake_in(tmp_path, PLAIN.replace("edit:\n", f"{name}:\n"))
+    assert "line 5" in said and "cannot be the name of a stage" in said
+
+
+@pytest.mark.parametrize("name", ["edit_2", "2nd-part", "\u00e4ndern"])
+def test_names_of_stages(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine.yaml").write_text(PLAIN.replace("edit:\n", f"{name}:\n"), encoding="utf-8")
+    assert list(recipe.load(tmp_path / "mine.yaml").stages) == [name]
