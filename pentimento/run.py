@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +240,10 @@ def load(
     if (path / runfolder.RECIPE).is_file():
         place = checkpoint.at(path, at).folder if at is not None else final_weights(path)
         recipe = recipe_.load(path)
+        notes = unfinished(path, recipe) if at is None else ()
         plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
-        return _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+        editor = _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+        return replace(editor, notes=(*notes, *editor.notes))
     if at is not None:
         raise UserError(
             f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
@@ -258,6 +260,19 @@ def final_weights(run: Path) -> Path:
     saved = [str(s.step) for s in checkpoint.saved_steps(run)]
     hint = f"; saved steps, to be used with --at: {', '.join(saved)}" if saved else ""
     raise UserError(f"{run} has no weights yet: its training has not ended; continue it with --resume{hint}")
+
+
+def unfinished(run: Path, recipe: Recipe) -> tuple[str, ...]:
+    """A note where a run's weights are of fewer steps than its recipe has: it is being continued, or that was interrupted."""
+    record = _record(run / runfolder.WEIGHTS)
+    last, stage = list(recipe.stages.items())[-1]
+    if "step" not in record or (record["stage"], record["step"]) == (last, stage.steps):
+        return ()
+    return (
+        f"{run}: its weights are of step {record['step']} of {record['stage']}, but its recipe ends at step {stage.steps} of {last};"
+        f" to finish: pentimento train {run} --resume; saved steps, to be used with --at:"
+        f" {', '.join(str(s.step) for s in checkpoint.saved_steps(run))}",
+    )
 
 
 def _editor(

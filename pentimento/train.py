@@ -202,7 +202,8 @@ def train(
         for name in stages:
             fit(method, stages, name, samples, run, watch if state.is_main_process else None, stop)
     if state.is_main_process:
-        checkpoint.save_weights(run.out, method.adapters, run.record)
+        last, stage = list(stages.items())[-1]
+        checkpoint.save_weights(run.out, method.adapters, run.record, stage=last, step=stage.steps)
     state.wait_for_everyone()
 
 

@@ -98,6 +98,24 @@ def test_an_interrupted_run_says_how_to_continue_and_ends_the_same(
     assert weights(out) == weights(trained)
 
 
+def test_weights_of_a_run_that_is_continued_say_that_they_are_not_the_last(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise UserError("power cut")
+
+    out = run.train_run(plan("stages.edit.steps=1"), tmp_path / "run")
+    assert run.load(out).notes == ()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="power cut"):
+        patch.setattr(run.checkpoint, "save_weights", fails)
+        run.train_run(plan(), out, resume=True)
+    (note,) = run.load(out).notes
+    assert "step 1 of edit, but its recipe ends at step 2 of edit" in note and "--at: 1, 2" in note
+    assert run.load(out, at=2).notes == ()
+    run.train_run(plan(), out, resume=True)
+    assert run.load(out).notes == ()
+
+
 def test_the_lock_of_a_dead_process_is_no_obstacle(plan, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("left by a process that was killed")
