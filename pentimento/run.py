@@ -68,6 +68,7 @@ def train_run(
         raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
     if init is not None and not Path(init).exists():
         raise UserError(f"--init {init}: there is no such file or folder")
+    train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
     rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
     with contextlib.ExitStack() as held:
@@ -90,6 +91,7 @@ def _train(
     recipe: Recipe, out: Path, rows: list[data.Pair], held_out: list[data.Pair], init: str | Path | None
 ) -> None:
     method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
+    train.check_loaded(method, recipe.stages, precision_of(method))
     method.adapters.reset(recipe.seed)
     if init is not None or (out / START).exists():
         method.adapters.load(out / START if init is None else init)
@@ -100,7 +102,9 @@ def _train(
     record = record_of(recipe, method)
     main = train.processes().is_main_process
     if main:
-        _begin(recipe, out, method, record, copy_start=init is not None)
+        inputs = {"data": data.inventory(rows), "base": method.base()}
+        runfolder.check_inputs(out, inputs)
+        _begin(recipe, out, method, record, inputs, copy_start=init is not None)
     with progress.bar("encoding") as advance:
         if watched:
             watched.precompute(advance, release=False)
@@ -123,14 +127,22 @@ def _train(
         train.train(method, recipe.stages, samples, settings, monitor)
 
 
-def _begin(recipe: Recipe, out: Path, method: Method, record: Mapping[str, Any], *, copy_start: bool) -> None:
+def _begin(
+    recipe: Recipe,
+    out: Path,
+    method: Method,
+    record: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    copy_start: bool,
+) -> None:
     if copy_start:
         try:
             method.adapters.save(out / START, record)
         except OSError as error:
             raise UserError(f"{out / START}: cannot be written ({error.strerror})") from error
     runfolder.write_text(out / runfolder.README, card.write(recipe, method))
-    runfolder.record(out, recipe)
+    runfolder.record(out, recipe, inputs)
 
 
 def _watches(recipe: Recipe) -> bool:

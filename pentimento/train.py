@@ -25,17 +25,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, optimizers
 from .checkpoint import Interrupted, Saved, Stop
 from .errors import UserError, counted
 from .method import Method
-from .optimizers import current_lr, make_optimizer, make_schedule
+from .optimizers import current_lr, follow, make_optimizer, make_schedule
 
 if TYPE_CHECKING:
     from .cache import Loaded, Samples
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MIXED: Mapping[Precision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+NO_FP16 = "backbone.precision: fp16 needs a GPU; use fp32 or bf16"
 SMALLEST_SCALE = 2.0**-10
 
 
@@ -66,7 +67,8 @@ class Stage:
     schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
-    """Course of the learning rate over the steps, as in diffusers; constant with a warmup has one."""
+    """Course of the learning rate over the steps, as in diffusers; constant with a warmup has one. Where a continued run
+    has more steps than before, it follows the course over all of them from there on; what was done had the shorter one."""
     warmup: int = 0
     """Steps in which the learning rate rises from 0."""
     cycles: int = 1
@@ -398,6 +400,7 @@ def resume(
     for key, part in kept.items():
         if part is not None:
             part.load_state_dict(state[key])
+    follow(kept["schedule"], kept["optimizer"])
     return newest.step
 
 
@@ -415,13 +418,31 @@ def processes(*, cpu: bool = False) -> PartialState:
     return state
 
 
+def check(stages: Mapping[str, Stage], precision: str, device: str) -> None:
+    """What can be known of stages and of a recipe's ``backbone`` section before weights are loaded.
+
+    Raises:
+        UserError: an optimizer whose extra is missing, or a precision that the device does not have.
+    """
+    for stage in stages.values():
+        optimizers.check(stage)
+    if precision == "fp16" and (device == "cpu" or not torch.accelerator.is_available()):
+        raise UserError(NO_FP16)
+
+
+def check_loaded(method: Method, stages: Mapping[str, Stage], precision: Precision) -> None:
+    """The rest, once they are: adapters that the method does not have, and the precision on its device."""
+    for stage in stages.values():
+        make_accelerator(precision, method.adapters.train(*stage.train)[0].device)
+
+
 def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
     """The accelerator of a stage; raises ``UserError`` for a precision that the device does not have."""
     cpu = device.type == "cpu"
     processes(cpu=cpu)
     AcceleratorState._reset_state()  # its precision is for good otherwise: one session may train in several
     if cpu and precision == "fp16":  # accelerate would compute in float32 without a word
-        raise UserError("backbone.precision: fp16 needs a GPU; use fp32 or bf16")
+        raise UserError(NO_FP16)
     try:
         return Accelerator(mixed_precision=MIXED[precision], cpu=cpu)
     except ValueError as error:

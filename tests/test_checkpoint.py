@@ -82,6 +82,18 @@ def test_more_steps_continue_a_finished_run(tmp_path):
     assert toy.difference(toy.run(tmp_path, steps=9), whole) == 0
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+def test_more_steps_follow_the_longer_course_of_the_rate(tmp_path, schedule):
+    """A shorter course had ended at 0: the first step of the continuation must not be made at that."""
+    whole, continued = toy.Note(), toy.Note()
+    settings = {"schedule": schedule, "warmup": 2}
+    toy.run(tmp_path, "whole", watch=whole, steps=9, **settings)
+    toy.run(tmp_path, steps=4, **settings)
+    toy.run(tmp_path, steps=9, watch=continued, **settings)
+    rates = [[report.lr for report in note.reports if report.losses] for note in (whole, continued)]
+    assert rates[1] == rates[0][4:] and rates[1][0] > 0
+
+
 def test_weights_are_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     """A file of the new weights fails: the old ones stay, all of them, and no rubbish."""
     toy.run(tmp_path, toy=noisy(), steps=2)
