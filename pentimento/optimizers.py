@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def make_optimizer(stage: "Stage", params: Sequence[nn.Parameter]) -> Optimizer:
     """The stage's optimizer; raises ``UserError`` naming the extra that is missing."""
     common: dict[str, Any] = {
-        "lr": stage.lr,
+        "lr": stage.peak,
         "betas": stage.betas,
         "eps": stage.eps,
         "weight_decay": stage.weight_decay,

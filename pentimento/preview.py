@@ -49,7 +49,7 @@ class Plan:
             yield f"stage      {name} trains {', '.join(stage.train)}{count}"
             yield (
                 f"           {counted(stage.steps, 'step')} of {batch} samples ({passes:.1f} times each),"
-                f" {stage.optimizer} at lr {stage.lr:g} ({stage.schedule}), saved every {stage.save_every}"
+                f" {stage.optimizer} at lr {stage.peak:g} ({stage.schedule}), saved every {stage.save_every}"
             )
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MIXED: Mapping[Precision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+LOWEST_FACTOR, HIGHEST_RATE = 0.01, 0.1
+"""Of prodigy's lr, and of the others': beyond them it was meant for the other."""
 NO_FP16 = "backbone.precision: fp16 needs a GPU; use fp32 or bf16"
 SMALLEST_SCALE = 2.0**-10
 
@@ -48,8 +50,9 @@ class Stage:
     """Names of the adapters and tensors to optimise."""
     steps: int
     """Updates of the weights. A step sees batch_size * accumulate * processes samples."""
-    lr: float = 1e-4
-    """Learning rate at its peak; for prodigy a factor on its own estimate, 1 unless there is reason."""
+    lr: float | None = None
+    """Learning rate at its peak; for prodigy a factor on its own estimate, 1 unless there is reason. null: what suits the
+    optimizer, 1 for prodigy and 1e-4 for the others."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """adamw; adamw8bit (its state in 8 bits, needs the extra bnb); prodigy (finds its step size, arXiv:2306.06101)."""
     batch_size: int = 1
@@ -97,11 +100,13 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("train is empty; name the adapters that this stage trains")
+        if len(set(self.train)) < len(self.train):
+            raise ValueError(f"train names an adapter twice: {', '.join(self.train)}")
         for name in ("steps", "batch_size", "accumulate", "cycles", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         for name in ("lr", "eps", "power", "prodigy_d0", "prodigy_d_coef"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, but it is {getattr(self, name)}")
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -113,8 +118,29 @@ class Stage:
             raise ValueError(
                 f"betas (and prodigy_beta3) must be at least 0 and below 1, but they are {decays}"
             )
-        if wrong := [step for step in self.keep_steps if not 1 <= step]:
-            raise ValueError(f"keep_steps must be steps from 1 on, but it names {wrong[0]}")
+        if wrong := [step for step in self.keep_steps if not 1 <= step <= self.steps]:
+            raise ValueError(
+                f"keep_steps must be steps of the stage, from 1 to {self.steps}, but it names {wrong[0]}"
+            )
+        self._check_rate()
+
+    def _check_rate(self) -> None:
+        """Rates of the one kind of optimizer are four orders of magnitude from those of the other."""
+        if self.optimizer == "prodigy" and self.peak < LOWEST_FACTOR:
+            raise ValueError(
+                f"lr is {self.peak:g}, but prodigy multiplies its own estimate with it; set lr=1, or null for its default (or"
+                " another optimizer)"
+            )
+        if self.optimizer != "prodigy" and self.peak > HIGHEST_RATE:
+            raise ValueError(
+                f"lr is {self.peak:g}, which {self.optimizer} does not learn with; set lr=1e-4, or null for its default (1 suits"
+                " prodigy)"
+            )
+
+    @property
+    def peak(self) -> float:
+        """The learning rate at its peak: ``lr``, or what stands for null."""
+        return self.lr if self.lr is not None else 1.0 if self.optimizer == "prodigy" else 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +222,12 @@ def train(
         UserError: nothing to train on, a loss that is not finite, too little memory, a folder that cannot be written.
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
-    state = processes(cpu=_device(method, stages).type == "cpu")
+    device = _device(method, stages)
+    state = processes(cpu=device.type == "cpu")
     if state.is_main_process:
         checkpoint.prepare(run.out)
     state.wait_for_everyone()
-    with checkpoint.deferred_signals(patient=state.num_processes > 1) as stop:
+    with _current(device), checkpoint.deferred_signals(patient=state.num_processes > 1) as stop:
         for name in stages:
             fit(method, stages, name, samples, run, watch if state.is_main_process else None, stop)
     if state.is_main_process:
@@ -281,10 +308,10 @@ def backward(
     """Add up this process's gradients of one step; returns its mean losses."""
     means: dict[str, Tensor] = {}
     trained = False
+    # Not the accelerator's, which is always the first GPU where there is but one process.
+    device = method.adapters.parameters(*stage.train)[0].device
     for micro in range(stage.accumulate):
-        draws = Draws(
-            [(*step, position) for position in share(stage, micro, accelerator)], accelerator.device
-        )
+        draws = Draws([(*step, position) for position in share(stage, micro, accelerator)], device)
         with torch.no_grad():
             batch = samples.batch(next(stream), draws)
         losses = method.losses(batch, draws)
@@ -321,7 +348,7 @@ def agree(
     losses: Mapping[str, Tensor], stop: bool, accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
     """Losses averaged over the processes, and whether any of them was asked to stop."""
-    flag = torch.tensor(float(stop), device=accelerator.device)
+    flag = torch.tensor(float(stop), device=next(iter(losses.values())).device)
     values = accelerator.reduce(torch.stack([*losses.values(), flag]), "mean").tolist()
     return dict(zip(losses, values[:-1], strict=True)), values[-1] > 0
 
@@ -444,11 +471,21 @@ def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
     if cpu and precision == "fp16":  # accelerate would compute in float32 without a word
         raise UserError(NO_FP16)
     try:
-        return Accelerator(mixed_precision=MIXED[precision], cpu=cpu)
+        accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=cpu)
     except ValueError as error:
         raise UserError(
             f"backbone.precision: {precision} does not work on {device.type} ({error}); use bf16 or fp32"
         ) from error
+    if accelerator.num_processes > 1 and device.index not in (None, accelerator.device.index):
+        raise UserError(
+            f"backbone.device: {device} is one GPU, but {accelerator.num_processes} processes train together; use auto"
+        )
+    return accelerator
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within, kernels that ask for no device (of optimizers in 8 bits) run on this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _device(method: Method, stages: Mapping[str, Stage]) -> torch.device:
