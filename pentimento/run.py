@@ -106,9 +106,10 @@ def _train(
         runfolder.check_inputs(out, inputs)
         _begin(recipe, out, method, record, inputs, copy_start=init is not None)
     with progress.bar("encoding") as advance:
+        # Last those that are drawn: the backbone remembers only so many prompts.
+        samples.precompute(advance, release=watched is None)
         if watched:
-            watched.precompute(advance, release=False)
-        samples.precompute(advance)
+            watched.precompute(advance)
     settings = train.Run(out=out, seed=recipe.seed, precision=precision_of(method), record=record)
     with contextlib.ExitStack() as open_files:
         monitor = None

@@ -9,7 +9,6 @@ however they are divided among micro-steps and processes, and a resumed run is t
 import contextlib
 import hashlib
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from . import checkpoint, optimizers
 from .checkpoint import Interrupted, Saved, Stop
+from .devices import NO_FP16, current, make_accelerator
+from .devices import Precision as Precision
+from .devices import processes as processes
 from .errors import UserError, counted
 from .method import Method
 from .optimizers import current_lr, follow, make_optimizer, make_schedule
@@ -34,11 +35,8 @@ from .optimizers import current_lr, follow, make_optimizer, make_schedule
 if TYPE_CHECKING:
     from .cache import Loaded, Samples
 
-Precision = Literal["fp32", "bf16", "fp16"]
-MIXED: Mapping[Precision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 LOWEST_FACTOR, HIGHEST_RATE = 0.01, 0.1
 """Of prodigy's lr, and of the others': beyond them it was meant for the other."""
-NO_FP16 = "backbone.precision: fp16 needs a GPU; use fp32 or bf16"
 SMALLEST_SCALE = 2.0**-10
 
 
@@ -227,9 +225,11 @@ def train(
     if state.is_main_process:
         checkpoint.prepare(run.out)
     state.wait_for_everyone()
-    with _current(device), checkpoint.deferred_signals(patient=state.num_processes > 1) as stop:
+    with current(device), checkpoint.deferred_signals(patient=state.num_processes > 1) as stop:
         for name in stages:
             fit(method, stages, name, samples, run, watch if state.is_main_process else None, stop)
+            # The next stage reads which steps are saved, while the main process still deletes some.
+            state.wait_for_everyone()
     if state.is_main_process:
         last, stage = list(stages.items())[-1]
         checkpoint.save_weights(run.out, method.adapters, run.record, stage=last, step=stage.steps)
@@ -431,20 +431,6 @@ def resume(
     return newest.step
 
 
-def processes(*, cpu: bool = False) -> PartialState:
-    """The processes that train together; to be called before anything else of accelerate.
-
-    Without a GPU accelerate has to be told, or each process of torchrun would train a copy of its own without a word.
-    """
-    state = PartialState(cpu=cpu or not torch.accelerator.is_available())
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != state.num_processes:
-        raise UserError(
-            f"{started} processes were started, but {state.num_processes} of them work together on {state.device}"
-        )
-    return state
-
-
 def check(stages: Mapping[str, Stage], precision: str, device: str) -> None:
     """What can be known of stages and of a recipe's ``backbone`` section before weights are loaded.
 
@@ -461,31 +447,6 @@ def check_loaded(method: Method, stages: Mapping[str, Stage], precision: Precisi
     """The rest, once they are: adapters that the method does not have, and the precision on its device."""
     for stage in stages.values():
         make_accelerator(precision, method.adapters.train(*stage.train)[0].device)
-
-
-def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
-    """The accelerator of a stage; raises ``UserError`` for a precision that the device does not have."""
-    cpu = device.type == "cpu"
-    processes(cpu=cpu)
-    AcceleratorState._reset_state()  # its precision is for good otherwise: one session may train in several
-    if cpu and precision == "fp16":  # accelerate would compute in float32 without a word
-        raise UserError(NO_FP16)
-    try:
-        accelerator = Accelerator(mixed_precision=MIXED[precision], cpu=cpu)
-    except ValueError as error:
-        raise UserError(
-            f"backbone.precision: {precision} does not work on {device.type} ({error}); use bf16 or fp32"
-        ) from error
-    if accelerator.num_processes > 1 and device.index not in (None, accelerator.device.index):
-        raise UserError(
-            f"backbone.device: {device} is one GPU, but {accelerator.num_processes} processes train together; use auto"
-        )
-    return accelerator
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Within, kernels that ask for no device (of optimizers in 8 bits) run on this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _device(method: Method, stages: Mapping[str, Stage]) -> torch.device:

@@ -72,7 +72,12 @@ def test_published_values_of_influxedit(name: str) -> None:
 @pytest.mark.parametrize("write", [recipe.dump, recipe.explain])
 @pytest.mark.parametrize("name", list(shipped()))
 def test_a_written_recipe_loads_back_equal(name: str, write, tmp_path: Path) -> None:
-    changes = ["stages.edit.keep_steps=[3, 5]", 'data.prompt=no: #1 "ü"', "stages.edit.weight_decay=1e-7", "seed=7"]
+    changes = [
+        "stages.edit.keep_steps=[3, 5]",
+        'data.prompt=no: #1 "ü"',
+        "stages.edit.weight_decay=1e-7",
+        "seed=7",
+    ]
     loaded = recipe.load(name, changes)
     (tmp_path / "again.yaml").write_text(write(loaded), encoding="utf-8")
     assert recipe.load(tmp_path / "again.yaml") == loaded
@@ -306,7 +311,9 @@ def test_a_rate_of_another_optimizer_and_settings_without_effect(overrides: list
 
 
 def test_a_rate_that_is_not_given_is_that_of_the_optimizer(tmp_path: Path) -> None:
-    stage = recipe.load("influxedit-edit", ["stages.edit.optimizer=adamw", "stages.edit.lr=null"]).stages["edit"]
+    stage = recipe.load("influxedit-edit", ["stages.edit.optimizer=adamw", "stages.edit.lr=null"]).stages[
+        "edit"
+    ]
     assert (stage.lr, stage.peak) == (None, 1e-4)
     (tmp_path / "mine.yaml").write_text(PLAIN)
     assert recipe.load(tmp_path / "mine.yaml").stages["edit"].peak == 1e-4

@@ -382,6 +382,7 @@ def test_impossible_stages(wrong, named):
 
 def test_the_device_is_that_of_what_is_trained(tmp_path, monkeypatch):
     """With one process accelerate knows the first GPU only, whatever backbone.device says."""
+
     class Elsewhere:
         device = torch.device("meta")
 

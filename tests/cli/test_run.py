@@ -152,6 +152,22 @@ def test_what_cannot_train_on_the_loaded_model_begins_no_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_prompts_that_are_drawn_are_encoded_last(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backbone remembers a few prompts; those of training must not push them out."""
+    order = []
+    encode = run.Samples.precompute
+
+    def noted(self, progress=None, *, release=True):
+        order.append((len(self), release))
+        encode(self, progress, release=release)
+
+    monkeypatch.setattr(run.Samples, "precompute", noted)
+    run.train_run(plan("watch.every=9", "watch.steps=1", "stages.edit.steps=1"), tmp_path / "run")
+    assert order == [(4, False), (2, True)]
+
+
 def turn(folder: Path) -> None:
     file = folder / "source" / "1.png"
     with Image.open(file) as picture:
