@@ -77,6 +77,7 @@ class Adapters:
     def __init__(self, host: nn.Module):
         self.host = host.requires_grad_(False)
         self.specs: dict[str, LoRA] = {}
+        self._experts: dict[str, list[str]] = {}
         self.tensors: dict[str, nn.Parameter] = {}
         self.trained: tuple[str, ...] = ()
         self._initial: dict[str, Tensor] = {}
@@ -108,7 +109,7 @@ class Adapters:
                 module = Whole(module)
                 self.host.set_submodule(path, module)
             module.add(name)
-        self.specs[name] = spec
+        self.specs[name], self._experts[name] = spec, list(self._expert_layers(spec))
         for parameter in self._named(name).values():
             parameter.data = parameter.data.float()
         self._reset(name, seed)
@@ -176,7 +177,7 @@ class Adapters:
         Raises:
             ValueError: an adapter without experts, or none of them has run yet.
         """
-        layers = self._expert_layers(self.specs[name])
+        layers = self._experts[name]
         found = {path: moe.routing(self.host.get_submodule(path), name) for path in layers}
         ran = {path: routing for path, routing in found.items() if routing is not None}
         if not ran:

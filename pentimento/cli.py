@@ -276,6 +276,36 @@ def world(
 
 
 @app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="magicbrush, omniedit or icedit (both).")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Fetch a public data set.
+
+    First says from where, how much, under which licence, and asks. Only what is missing is fetched.
+    """
+    from . import download as public
+
+    plan = public.plan(name, out)
+    for line in plan.lines():
+        print(line)
+    if plan.missing() and not yes and not _agreed():
+        print("nothing was fetched", file=sys.stderr)
+        raise typer.Exit(1)
+    public.fetch(plan)
+    print(f"data.kind={name} data.root={out}")
+
+
+def _agreed() -> bool:
+    """Ask a person whether to go on."""
+    try:
+        return input("fetch it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError as error:
+        raise UserError("nobody is there to be asked; add --yes to fetch it") from error
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine offers.
 

@@ -56,7 +56,7 @@ class DataConfig:
     """OmniEdit: use only rows whose o_score (where that is absent, the mean of sc_score_1, sc_score_2 and pq_score) is at
     least this; none: all, as the published training did."""
     crop_noise: bool = True
-    """MagicBrush: cut the lowest 1/32 of the rows, which are noise in many of its pictures, off source and target."""
+    """MagicBrush: cut the lowest 1/32 off source and target, as the published training does because of noise there."""
     limit: int | None = None
     """Use only the first so many pairs, in the order of their names (of a JSONL file: of its lines); none: all."""
     held_out: int = 4

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from . import recipe as recipe_
 from .adapters import Adapters
 from .cache import Samples
 from .checkpoint import Interrupted
-from .data import Row
 from .errors import UserError
 from .method import EditSettings, Example, Method
 from .recipe import Recipe
@@ -31,6 +30,7 @@ from .schema import Origin
 from .specs import ExpertLoRA, LoRA
 from .train import HIGHEST_RATE, Draws, Stage
 
+T = TypeVar("T")
 PLAIN = "plain"
 """Name of the new adapter beside the original one."""
 Scales = dict[str, Any]
@@ -38,7 +38,10 @@ Scales = dict[str, Any]
 
 
 class Predicting(Protocol):
-    """What a method must offer beside ``Method``, and a ``Config`` whose field ``lora`` is its one adapter."""
+    """What a method must offer beside ``Method``.
+
+    Its ``Config`` holds its one adapter as ``lora``; a ``balance_weight`` there is for experts alone.
+    """
 
     adapters: Adapters
 
@@ -173,11 +176,18 @@ def _make(
         "error": {key: round(value, 6) for key, value in error.items()},
         "measured_on": f"{min(len(watched), settings.measured)} {'held-out' if held else 'training'} pairs",
     }
-    config = dataclasses.replace(recipe.config, lora=plain)
-    record = run.record_of(dataclasses.replace(recipe, config=config), method)
+    record = run.record_of(dataclasses.replace(recipe, config=_plain_config(recipe.config, plain)), method)
     with export_.writing(file):
         method.adapters.save_one(file, PLAIN, {**record, "export": about}, called=name)
     return export_.Exported(file=file, lines=_report(file, method, plain, about))
+
+
+def _plain_config(config: Any, plain: LoRA) -> Any:
+    """The method's settings for the plain LoRA, so that an edit with its file takes them."""
+    changes: dict[str, Any] = {"lora": plain}
+    if any(field.name == "balance_weight" for field in dataclasses.fields(config)):
+        changes["balance_weight"] = 0.0
+    return dataclasses.replace(config, **changes)
 
 
 def _samples(
@@ -202,10 +212,10 @@ def _samples(
     return training, watched, bool(held)
 
 
-def _spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most so many rows, from all over the data set."""
-    count = min(count, len(rows))
-    return [rows[number * len(rows) // count] for number in range(count)]
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most so many items, from all over: data sets are often sorted."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 @torch.no_grad()
@@ -218,9 +228,9 @@ def predict(method: Method, batch: dict[str, Tensor], draws: Draws, scales: Scal
 def _batches(
     method: Method, samples: Samples, count: int, *key: int | str
 ) -> Iterator[tuple[dict[str, Tensor], Draws]]:
-    """The first pairs one by one, each with noise of its own that is the same every time."""
+    """So many pairs one by one, from all over, each with noise of its own that is the same every time."""
     device = next(method.adapters.host.parameters()).device
-    for index in range(min(count, len(samples))):
+    for index in _spread(range(len(samples)), count):
         draws = Draws([(*key, index)], device)
         with torch.no_grad():
             batch = samples.batch([index], draws)

@@ -195,8 +195,8 @@ def _wholes(source: Path, spec: LoRA) -> list[Path]:
 def _with_alpha_of_one(record: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """A record that says alpha = rank, so that ``pentimento edit`` takes the new file too."""
     changed = copy.deepcopy(dict(record))
-    for about in changed.get("adapters", {}).values():
-        about["alpha"] = float(rank)
+    if changed.get("adapter") in changed.get("adapters", {}):
+        changed["adapters"][changed["adapter"]]["alpha"] = float(rank)
     lora = changed.get("config", {}).get("lora")
     if lora is not None:
         lora["alpha"] = None
@@ -217,8 +217,10 @@ def prove(file: Path, tensors: Mapping[str, Tensor], spec: LoRA, host: nn.Module
     )
     _compare(file, state, tensors)
     read = f"read back by diffusers {diffusers.__version__}: {len(tensors)} tensors, all equal"
-    if host is None or not hasattr(host, "load_lora_adapter"):
+    if host is None:
         return f"{read}; not put into the model, whose configuration is not at hand"
+    if not hasattr(host, "load_lora_adapter"):
+        return f"{read}; not put into a model, since diffusers has no {type(host).__name__}"
     fresh = _weightless(host)
     with _quiet():
         fresh.load_lora_adapter(state, metadata=metadata, adapter_name=PROOF, low_cpu_mem_usage=True)

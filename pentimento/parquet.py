@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from . import images
-from .errors import UserError
+from .errors import UserError, counted, first_line
 from .layouts import entries_of, listed, nearest
 from .method import Example
 
@@ -301,7 +301,9 @@ def _check_rows(root: Path, layout: Layout, choice: Choice, rows: Sequence[Row],
             )
     bare = [row.shard.name(row.index, layout.prompts) for row in rows if not row.prompts]
     if bare:
-        raise UserError(f"{root}: {len(bare)} of {len(rows)} rows have an empty instruction:{listed(bare)}")
+        raise UserError(
+            f"{root}: an empty instruction in {len(bare)} of {counted(len(rows), 'row')}:{listed(bare)}"
+        )
     if not rows:
         left = f" with a score of at least {choice.min_score:g}" if choice.min_score is not None else ""
         raise UserError(f"{root}: holds no rows{left} to train on")
@@ -363,8 +365,7 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         return "is a Git LFS pointer, not the data; run `git lfs pull`"
     if not start.startswith(b"PAR1"):
         return "is not a Parquet file, whatever its name says"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"the file is damaged or cut off ({reason}); download it again"
+    return f"the file is damaged or cut off ({first_line(error)}); download it again"
 
 
 def _texts(path: Path, file: "pq.ParquetFile", layout: Layout, choice: Choice) -> dict[str, list[Any]]:
@@ -431,7 +432,7 @@ def _chosen(path: Path, texts: Mapping[str, Sequence[Any]], layout: Layout, choi
     if bare:
         columns = ", ".join((SCORE, *PART_SCORES))
         raise UserError(
-            f"{path}: {len(bare)} of {len(indices)} rows have no score (in {columns}), so data.min_score cannot choose; "
+            f"{path}: no score (in {columns}) in {len(bare)} of {counted(len(indices), 'row')}, so data.min_score cannot choose; "
             f"leave it out, or leave out the shard:{listed(bare)}"
         )
     return [index for index, score in scores.items() if score is not None and score >= choice.min_score]

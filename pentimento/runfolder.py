@@ -75,7 +75,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if [p.name for p in out.iterdir()] == [LOCK]:
+        if out.is_dir() and [p.name for p in out.iterdir()] == [LOCK]:
             # Nothing was begun: leave no trace.
             (out / LOCK).unlink(missing_ok=True)
             out.rmdir()

@@ -100,16 +100,22 @@ def spec_of(path: Path | str) -> LoRA:
     if not experts:
         return LoRA(targets=_names(layers), rank=rank, alpha=alpha, full=full)
     known = {key: recorded[key] for key in ("expert_alpha", "top_k", "gate") if key in recorded}
-    return ExpertLoRA(
-        targets=_names(layers),
-        rank=rank,
-        alpha=alpha,
-        full=full,
-        expert_targets=_names(experts),
-        experts=_only(file, "numbers of experts", experts),
-        expert_rank=_only(file, "ranks of experts", inner),
-        **known,
-    )
+    number, expert_rank = _only(file, "numbers of experts", experts), _only(file, "ranks of experts", inner)
+    try:
+        return ExpertLoRA(
+            targets=_names(layers),
+            rank=rank,
+            alpha=alpha,
+            full=full,
+            expert_targets=_names(experts),
+            experts=number,
+            expert_rank=expert_rank,
+            **known,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file}: its experts cannot be used ({error}); {adapter_files.seems(file)}"
+        ) from error
 
 
 def _names(layers: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ def main() -> None:
         choices=(
             "tokenizers",
             "autoencoder",
+            "decoder",
             "base",
             "fill",
             "distil",
@@ -35,6 +36,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--pool", type=int, default=200_000)
+    parser.add_argument("--lr", type=float, help="peak learning rate; the stage's own if not given")
+    parser.add_argument(
+        "--muon", action="store_true", help="Muon for the matrices of blocks instead of AdamW"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +63,7 @@ def main() -> None:
         from . import preview
 
         preview.main(args.start, args.tokenizers, args.out, device, args.batch, (1.0, 3.5, 30.0, 50.0))
-    elif args.stage != "autoencoder":
+    elif args.stage not in ("autoencoder", "decoder"):
         from . import flux
 
         flux.run(
@@ -71,11 +76,15 @@ def main() -> None:
             pool=args.pool,
             again=args.again,
             device=device,
+            peak=args.lr,
+            muon=args.muon,
         )
     else:
         from . import autoencoder
 
-        autoencoder.train(args.out, args.seconds, args.batch, args.pool, device, args.start)
+        autoencoder.train(
+            args.out, args.seconds, args.batch, args.pool, device, args.start, args.stage == "decoder"
+        )
 
 
 if __name__ == "__main__":

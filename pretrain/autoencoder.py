@@ -1,6 +1,8 @@
-"""Stage 1: the autoencoder, on renders and procedural pictures.
+"""Stage 1: the autoencoder, on renders and procedural pictures; and a last stage for its decoder alone.
 
 L1 on pixels and on their gradients with a light KL term; squared error joins late, because PSNR is what is accepted.
+The ``decoder`` stage teaches the decoder to forgive latents that are a little off, as a transformer's are: noise of up to
+``FORGIVEN`` on latents of unit variance. The encoder stays, so the transformer's latents keep their meaning.
 """
 
 import json
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import models, pools
+
+FORGIVEN = 0.1
 
 
 def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -30,9 +34,15 @@ def learning_rate(peak: float, progress: float, step: int, warmup: int = 300) ->
 
 
 def train(
-    out: Path, seconds: float, batch: int, pool: int, device: torch.device, start: Path | None = None
+    out: Path,
+    seconds: float,
+    batch: int,
+    pool: int,
+    device: torch.device,
+    start: Path | None = None,
+    decoder_only: bool = False,
 ) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(int(decoder_only))
     cuda = device.type == "cuda"
     drawn = pools.singles(0, pool, (128, 128), device, 14 if cuda else 2).pictures[:, 0]
     free = pools.procedural(max(256, pool // 3), 128, device)
@@ -40,7 +50,9 @@ def train(
     vae = models.autoencoder().to(device, memory_format=torch.channels_last)
     if start:
         vae.load_state_dict(models.load_part(start, "vae"))
-    params = list(vae.parameters())
+    params = list((vae.decoder if decoder_only else vae).parameters())
+    vae.encoder.requires_grad_(not decoder_only)
+    factors = json.loads((start / "vae.json").read_text()) if start and decoder_only else {}
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4, fused=cuda)
     average = models.Average(params)
     encode, decode = (
@@ -61,7 +73,11 @@ def train(
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             mean, logvar = encode(x).chunk(2, 1)
             logvar = logvar.float().clamp(-20, 10)
-            z = mean.float() + torch.randn_like(logvar) * torch.exp(0.5 * logvar)
+            if decoder_only:
+                amount = FORGIVEN / factors["scaling_factor"] * torch.rand(len(x), 1, 1, 1, device=device)
+            else:
+                amount = torch.exp(0.5 * logvar)
+            z = mean.float() + torch.randn_like(logvar) * amount
             y = decode(z.to(mean.dtype)).float()
         kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
         mse = F.mse_loss(y, x)
@@ -82,7 +98,11 @@ def train(
                 f"vae {step} {time.time() - (began or 0):.0f}s loss {loss.item():.4f} kl {kl.item():.3f} psnr {psnr:.2f}",
                 flush=True,
             )
-    average.apply()
+    average.swap()
+    if decoder_only:
+        models.save_parts(out, {"vae": vae})
+        (out / "vae.json").write_text(json.dumps(factors))
+        return
     with torch.no_grad():
         means = torch.cat(
             [

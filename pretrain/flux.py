@@ -9,15 +9,17 @@ Shapes: B batch, T picture tokens, S text tokens; latents packed (B, T, 64), con
 
 import json
 import math
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch._dynamo
 import torch._inductor.config
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5TokenizerFast
@@ -28,6 +30,8 @@ from .autoencoder import learning_rate
 CLIP_TOKENS = 72
 GUIDANCE = (1.0, 50.0)
 TEACHER_SCALE = 3.0
+DIFFERS = 0.15
+"""Root mean square difference of latents above which a token of a pair counts as changed."""
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Batch:
     """Rows and columns of picture tokens."""
     t5: Tensor
     clip: Tensor
+    weight: Tensor | None = None
+    """Of each token in the loss, (B, T, 1)."""
 
 
 def pack(x: Tensor) -> Tensor:
@@ -198,7 +204,12 @@ class World:
         mask[..., width // 2 :] = 1
         t5, clip = self.drop(*words.take(rows, random.choices((128, 192), (0.9, 0.1))[0]), 0.1)
         condition = torch.cat([pack(hidden[rows].float()), mask_tokens(mask)], 2)
-        return Batch(pack(latents[rows].float()), condition, (height // 16, width // 16), t5, clip)
+        x0, grid = pack(latents[rows].float()), (height // 16, width // 16)
+        # What differs is a small part of most pairs and would be learnt last: it counts four times.
+        left, right = x0.view(n, *grid, 64).chunk(2, 2)
+        weight = 1 + 3 * ((left - right).pow(2).mean(3) > DIFFERS**2).float()
+        weight = torch.cat([torch.ones_like(weight), weight], 2).view(n, -1, 1)
+        return Batch(x0, condition, grid, t5, clip, weight)
 
     def long_text(self, n: int) -> Batch:
         """Stock pipelines pad to 512 tokens unless told otherwise: seen now and then, so that it does no harm."""
@@ -261,7 +272,8 @@ def flow_loss(net: Network, batch: Batch, guidance: float | None = None) -> Tens
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         g = sample_guidance(n, device) if guidance is None else torch.full((n,), guidance, device=device)
         v = net(x_t, sigma, batch, g, net.text(batch))
-    return F.mse_loss(v.float(), noise - batch.x0)
+    error = (v.float() - (noise - batch.x0)).pow(2)
+    return (error if batch.weight is None else error * batch.weight).mean()
 
 
 def distillation_loss(net: Network, teacher: Network, world: World, batch: Batch) -> Tensor:
@@ -279,42 +291,146 @@ def distillation_loss(net: Network, teacher: Network, world: World, batch: Batch
     return F.mse_loss(v.float(), torch.lerp(v_nothing, v_text, effective_scale(guidance).view(-1, 1, 1)))
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by Newton-Schulz steps, for the matrices of blocks (Jordan et al. 2024), with the update
+    scaled to AdamW's size (arXiv:2502.16982). Matrices of one shape are treated together, which torch's class does not do:
+    a hundred small matrices one by one would take a quarter of the step.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        groups = [{"params": group} for group in shapes.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = group["params"]
+            grad = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(grad)
+            state["momentum"].lerp_(grad, 1 - group["momentum"])
+            update = orthogonal(grad.lerp(state["momentum"], group["momentum"]))
+            update *= -group["lr"] * 0.2 * math.sqrt(max(grad.shape[1:]))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, list(update.unbind()))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """The nearest matrices with equal singular values, roughly: five quintic Newton-Schulz steps on (n, rows, columns)."""
+    tall = x.shape[1] > x.shape[2]
+    y = (x.mT if tall else x).bfloat16()
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
+    return (y.mT if tall else y).to(x.dtype)
+
+
+def optimizers(net: Network, peak: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest."""
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    inner = [
+        p
+        for name, p in named
+        if muon and p.ndim == 2 and "block" in name and "embed" not in name and "relative" not in name
+    ]
+    chosen = {id(p) for p in inner}
+    outer = [p for _, p in named if id(p) not in chosen]
+    out: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=outer[0].is_cuda)
+    ]
+    return [*out, Muon(inner, peak)] if inner else out
+
+
+class Processes:
+    """The processes of one run, one per GPU, as torchrun starts them; a plain start is one process."""
+
+    def __init__(self, device: torch.device):
+        self.count, self.rank, self.device = (
+            int(os.environ.get("WORLD_SIZE", 1)),
+            int(os.environ.get("RANK", 0)),
+            device,
+        )
+        if self.count > 1:
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def mean_gradients(self, params: list[nn.Parameter]) -> None:
+        if self.count == 1:
+            return
+        grads = [p.grad for p in params if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.count
+        torch._foreach_copy_(
+            grads,
+            [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)],
+        )
+
+    def of_first(self, value: float) -> float:
+        """The first process's value, in all of them."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor([value], device=self.device, dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+
 def optimise(
     net: Network,
-    params: list[nn.Parameter],
     loss_of: Callable[[int], tuple[str, Tensor]],
     finish: float,
     peak: float,
+    muon: bool,
+    processes: Processes,
+    snapshot: Callable[[], None],
 ) -> None:
-    """AdamW with an average of the weights, until a point in time; the average is what stays."""
-    cuda = params[0].is_cuda
-    optimizer = torch.optim.AdamW(params, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=cuda)
+    """Train until a point in time with an average of the weights; the average is what stays, and what snapshots hold."""
+    params = [p for p in net.parameters() if p.requires_grad]
+    steppers = optimizers(net, peak, muon)
     average = models.Average(params, 0.9993)
-    began, step, sums = None, 0, {}
-    opened = time.time()
-    while began is None or time.time() < finish:
-        progress = 0.0 if began is None else (time.time() - began) / max(1.0, finish - began)
-        for group in optimizer.param_groups:
+    began, step, sums, progress = 0.0, 0, {}, 0.0
+    opened = saved = time.time()
+    while progress < 1:
+        for group in (g for o in steppers for g in o.param_groups):
             group["lr"] = learning_rate(peak, progress, step)
         name, loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        net.zero_grad(set_to_none=True)
         loss.backward()
+        processes.mean_gradients(params)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for stepper in steppers:
+            stepper.step()
         average.update()
         step += 1
         sums.setdefault(name, []).append(loss.detach())
         if step == 40:
-            if cuda:
+            if params[0].is_cuda:
                 torch.cuda.synchronize()
             began = time.time()
             print(f"first 40 steps took {began - opened:.0f}s", flush=True)
-        if step % 500 == 0:
+        if began and step % 20 == 0:  # the clock of one process counts for all, so that they stop together
+            progress = processes.of_first((time.time() - began) / max(1.0, finish - began))
+        if step % 500 == 0 or progress >= 1:
             means = {k: round(torch.stack(v).mean().item(), 4) for k, v in sorted(sums.items())}
-            print(f"step {step} {time.time() - (began or 0):.0f}s {means}", flush=True)
+            if processes.rank == 0:
+                print(f"step {step} {time.time() - began:.0f}s {means}", flush=True)
             sums.clear()
+        if processes.rank == 0 and time.time() - saved > 300:
+            average.swap()
+            snapshot()
+            average.swap()
+            saved = time.time()
     print(f"{step} steps", flush=True)
-    average.apply()
+    average.swap()
 
 
 def run(
@@ -328,13 +444,17 @@ def run(
     pool: int,
     again: int,
     device: torch.device,
+    peak: float | None = None,
+    muon: bool = False,
 ) -> None:
     """``base`` starts from nothing, ``fill`` continues it with more diptychs, ``distil`` gives the guidance its meaning.
 
     ``seconds`` covers the whole stage, from making the pools to saving. ``again`` counts repetitions of a stage: each has
-    its own scenes and noise.
+    its own scenes and noise. Under torchrun every process has its own scenes too; ``batch`` and ``pool`` are per process.
     """
-    torch.manual_seed(10 * again + {"base": 1, "fill": 2, "distil": 3}[stage])
+    processes = Processes(device)
+    device = processes.device
+    seed = 10 * again + {"base": 1, "fill": 2, "distil": 3}[stage]
     random.seed(f"{stage}{again}")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has been seen to fail on this kind of model
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -343,25 +463,30 @@ def run(
     torch._inductor.config.triton.coalesce_tiling_analysis = False
     torch._dynamo.config.suppress_errors = True
     opened = time.time()
+    torch.manual_seed(seed + 1000 * processes.rank)
     codec = Codec(start, device)
     world = World(
         codec,
         tokenizers,
         pool,
-        {"base": 0, "fill": 100_000_000, "distil": 200_000_000}[stage] + 40_000_000 * again,
+        {"base": 0, "fill": 100_000_000, "distil": 200_000_000}[stage]
+        + 40_000_000 * again
+        + 1_000_000_000 * processes.rank,
         device,
     )
     print(
         f"pools took {time.time() - opened:.0f}s; longest texts {world.singles[0][3].t5.shape[2]}, {world.pairs[0][4].t5.shape[2]} tokens",
         flush=True,
     )
+    torch.manual_seed(seed)
     net = Network(len(world.t5_tokenizer), len(world.clip_tokenizer)).to(device)
+    torch.manual_seed(seed + 1000 * processes.rank)
     if stage != "base":
         net.load_state_dict(models.load_part(start, "net"))
     shares = {
         "base": (0.6, 0.15, 0.23, 0.02),
-        "fill": (0.28, 0.22, 0.47, 0.03),
-        "distil": (0.4, 0.15, 0.42, 0.03),
+        "fill": (0.36, 0.14, 0.48, 0.02),
+        "distil": (0.4, 0.13, 0.45, 0.02),
     }[stage]
     kinds = {"draw": world.draw, "fill": world.fill, "pair": world.pair, "long": world.long_text}
     sizes = {"draw": batch, "fill": batch, "pair": batch * 5 // 8, "long": batch}
@@ -389,8 +514,16 @@ def run(
             return f"{name} data", flow_loss(net, rows, GUIDANCE[0])
         return name, distillation_loss(net, teacher, world, rows)
 
-    params = [p for p in net.parameters() if p.requires_grad]
-    optimise(net, params, loss_of, opened + seconds, {"base": 1e-3, "fill": 7e-4, "distil": 4e-4}[stage])
-    state = {key.replace("_orig_mod.", ""): value for key, value in net.state_dict().items()}
-    models.save_parts(out, {"net": state, "vae": codec.vae})
-    (out / "vae.json").write_text(json.dumps({"shift_factor": codec.shift, "scaling_factor": codec.scale}))
+    def save() -> None:
+        state = {key.replace("_orig_mod.", ""): value for key, value in net.state_dict().items()}
+        models.save_parts(out, {"net": state, "vae": codec.vae})
+        (out / "vae.json").write_text(
+            json.dumps({"shift_factor": codec.shift, "scaling_factor": codec.scale})
+        )
+
+    peak = peak or {"base": 1e-3, "fill": 7e-4, "distil": 4e-4}[stage]
+    optimise(net, loss_of, opened + seconds, peak, muon, processes, save)
+    if processes.rank == 0:
+        save()
+    if processes.count > 1:
+        dist.destroy_process_group()

@@ -90,6 +90,9 @@ class Average:
         torch._foreach_lerp_(self.values, [p.detach() for p in self.params], 1 - decay)
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def swap(self) -> None:
+        """Put the average into the model and the model's values here; twice is nothing."""
         for p, value in zip(self.params, self.values, strict=True):
+            kept = p.detach().clone()
             p.copy_(value)
+            value.copy_(kept)

@@ -443,6 +443,18 @@ def test_our_own_file_says_all(tmp_path: Path):
     assert (spec.experts, spec.top_k, spec.gate, spec.expert_alpha) == (3, 2, "softmax-topk", 1.5)
 
 
+def test_a_file_of_one_expert(tmp_path: Path):
+    """What a single one would be is a plain LoRA with a router that decides nothing."""
+    published(tmp_path, experts=2)
+    tensors = load_file(tmp_path / NAME)
+    changed = {
+        k: v[:1].clone() if "lora_route" in k else v for k, v in tensors.items() if "expert_1" not in k
+    }
+    save_file(changed, tmp_path / NAME)
+    with pytest.raises(UserError, match="experts must be at least 2, but it is 1"):
+        spec_of(tmp_path / NAME)
+
+
 def test_experts_only_and_mixed(tmp_path: Path):
     flux(targets=(*TARGETS[1:],)).save(tmp_path)
     assert spec_of(tmp_path / NAME).rank == 3

@@ -144,7 +144,10 @@ def test_rows_without_scores_are_refused_only_where_they_are_needed(tmp_path):
     assert len(open_data(config(tmp_path, "omniedit"))) == 3
     assert len(open_data(config(tmp_path, "omniedit", tasks=("removal",), min_score=1))) == 2
     message = problem(tmp_path, "omniedit", min_score=1)
-    assert "train-0.parquet: 1 of 3 rows have no score" in message and message.endswith("\n  row 1")
+    assert (
+        "no score (in o_score, sc_score_1, sc_score_2, pq_score) in 1 of 3 rows" in message
+        and message.endswith("\n  row 1")
+    )
     assert "o_score, sc_score_1, sc_score_2, pq_score" in message and "data.min_score" in message
 
 
@@ -334,7 +337,7 @@ def test_an_empty_instruction_names_the_row(magic, value):
         [shards.magic(0), shards.magic(1, instruction=value)],
     )
     message = problem(magic, "magicbrush")
-    assert "1 of 6 rows have an empty instruction" in message and f"{path}, row 1, instruction" in message
+    assert "an empty instruction in 1 of 6 rows" in message and f"{path}, row 1, instruction" in message
 
 
 def test_of_several_instructions_the_empty_ones_are_left_out(tmp_path):
@@ -356,10 +359,11 @@ def test_pictures_that_cannot_be_decoded_are_found_before_training(tmp_path):
         {"bytes": None, "path": "elsewhere.png"},
         None,
         shards.cell(shards.noise(1), "GIF", **frames),
+        shards.cell(Image.new("1", (12_000, 12_000))),
     ]
     shards.write(tmp_path / "train-0.parquet", [shards.magic(n, target_img=one) for n, one in enumerate(bad)])
     message = unsound(tmp_path, "magicbrush")
-    assert "6 of 12 pictures cannot be used" in message
+    assert "7 of 14 pictures cannot be used" in message
     lines = message.splitlines()[1:]
     words = [
         "damaged or cut off",
@@ -368,6 +372,7 @@ def test_pictures_that_cannot_be_decoded_are_found_before_training(tmp_path):
         "holds no picture",
         "holds no picture",
         "2 frames",
+        "12000x12000 is over 100 megapixels",
     ]
     for number, (line, said) in enumerate(zip(lines, words, strict=True)):
         assert line.startswith(f"  {tmp_path}/train-0.parquet, row {number}, target_img: ") and said in line

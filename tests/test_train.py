@@ -50,6 +50,18 @@ def test_draws_do_not_touch_global_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_twins_draw_the_same_from_where_they_are():
+    draws, x = (
+        Draws([(0, "edit", 1, position) for position in range(2)], torch.device("cpu")),
+        torch.zeros(2, 3),
+    )
+    draws.uniform()
+    twin = draws.twin()
+    assert torch.equal(draws.normal_like(x), twin.normal_like(x))
+    twin.normal_like(x)
+    assert not torch.equal(draws.normal_like(x), twin.normal_like(x))
+
+
 def test_order_takes_batches_of_one_bucket_and_drops_none():
     buckets = [[0, 1, 2], [3], [4, 5, 6, 7, 8]]
     batches = list(islice(order(buckets, 4, seed=1), 450))

@@ -40,11 +40,17 @@ class Mute(Method):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         lora: LoRA | ExpertLoRA = field(default_factory=lambda: LoRA(targets=("first", "second")))
+        balance_weight: float = 0.0
+
+        def __post_init__(self) -> None:
+            if self.balance_weight and not isinstance(self.lora, ExpertLoRA):
+                raise ValueError("balance_weight is for experts")
 
     def __init__(self, config: Config):
         self.host = Network()
         self.adapters = Adapters(self.host)
         self.adapters.add("edit", config.lora)
+        self.config = config
 
     @classmethod
     def load(cls, backbone: Any, config: Config) -> "Mute":
@@ -78,7 +84,10 @@ class Mute(Method):
     def losses(self, batch: dict[str, Tensor], draws: Draws) -> Iterator[tuple[str, Tensor]]:
         self.adapters.use(edit=1)
         wanted = batch["target"][:, None].expand(-1, TOKENS, -1)
-        yield "flow", F.mse_loss(self.velocity(batch, draws), wanted)
+        loss = F.mse_loss(self.velocity(batch, draws), wanted)
+        if self.config.balance_weight:
+            loss = loss + self.config.balance_weight * self.adapters.balance("edit")
+        yield "flow", loss
 
     def edit(self, example: Example, settings: EditSettings) -> Image.Image:
         self.adapters.use(edit=settings.scale)

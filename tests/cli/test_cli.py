@@ -22,7 +22,8 @@ def test_help_lists_the_commands_and_version_is_printed(call: Callable[..., Resu
     for arguments in ((), ("--help",)):
         printed = call(*arguments).stdout
         assert all(
-            name in printed for name in ("recipes", "train", "edit", "show", "inspect", "world", "doctor")
+            name in printed
+            for name in ("recipes", "train", "edit", "show", "inspect", "world", "download", "doctor")
         )
     assert call("--version").stdout.strip() == __version__
 

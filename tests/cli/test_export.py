@@ -53,6 +53,18 @@ def test_to_diffusers(call, scaled: Path, tmp_path: Path) -> None:
     assert theirs.read_bytes() == ours.read_bytes()
 
 
+def test_a_file_of_ours_without_its_run(call, refuse, scaled: Path, tmp_path: Path) -> None:
+    """It knows its base model by name only; where that is no place, the proof has to be told one, as an edit has."""
+    shutil.copyfile(scaled / "weights" / NAME, "mine.safetensors")
+    message = refuse("export", "mine.safetensors", "--to", "diffusers", "--out", "a")
+    assert "backbone.weights: there is no folder 'tiny-fill'" in message
+    weights = recipe.load(scaled).backbone.weights
+    result = call(
+        "export", "mine.safetensors", f"backbone.weights={weights}", "--to", "diffusers", "--out", "b"
+    )
+    assert "in the file and in the 30 layers" in said(result)["proof"]
+
+
 def test_to_comfyui(call, scaled: Path, tmp_path: Path) -> None:
     """Alpha 3 at rank 2 is in B, so that a reader without alpha is right; and an edit with the file is the same."""
     result = call("export", scaled, "--to", "comfyui", "--out", "comfy.safetensors")
@@ -185,7 +197,7 @@ def toy(pairs: Path, *overrides: str, **lora: object) -> recipe.Recipe:
     raw = {
         "method": METHOD,
         "data": {"root": str(pairs), "held_out": 2},
-        "config": {"lora": {**plain, "gate": "softmax-topk", **lora}},
+        "config": {"lora": {**plain, "gate": "softmax-topk", **lora}, "balance_weight": 0.01},
         "stages": {"edit": {"train": ["edit"], "steps": 80, "lr": 0.05, "batch_size": 2}},
         "backbone": {"device": "cpu"},
     }
@@ -212,7 +224,7 @@ def test_experts_made_plain(call, learnt: Path, tmp_path: Path) -> None:
     file = tmp_path / "plain" / NAME
     about = record(file)["export"]
     error = about["error"]
-    assert error["distilled"] < 0.6 * error["merged"] < 0.6 * error["base"]
+    assert error["distilled"] < 0.9 * error["merged"] < 0.9 * error["base"]
     assert about["measured_on"] == "2 held-out pairs"
     lines = said(result)
     assert lines["base model"].startswith(f"{error['base']:.4f}")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pentimento
-from pentimento import preview, recipe, run
+from pentimento import preview, recipe, run, runfolder
 from pentimento.checkpoint import Interrupted
 from pentimento.errors import UserError
 from pentimento.method import Example
@@ -406,3 +406,11 @@ def test_without_a_login_nothing_is_loaded_or_left(
     with pytest.raises(UserError, match="not logged in"):
         preview.plan(plan("watch.wandb=edits"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_vanishes_hides_no_error(tmp_path):
+    """What ended the run is told, not that its folder is gone."""
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="the reason"), runfolder.locked(out):
+        shutil.rmtree(out)
+        raise UserError("the reason")

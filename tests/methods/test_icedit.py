@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pentimento import images
+from pentimento import images, recipe
 from pentimento.errors import UserError
 from pentimento.flux import sampling
 from pentimento.flux.backbone import Flux
 from pentimento.method import EditSettings, Example
-from pentimento.methods.icedit import TEMPLATE, DiptychExperts, DiptychLoRA, ICEdit
+from pentimento.methods.icedit import TARGETS, TEMPLATE, DiptychExperts, DiptychLoRA, ICEdit
 
 Config = ICEdit.Config
 SMALL = DiptychLoRA(rank=2)
@@ -279,3 +279,43 @@ def test_the_balancing_loss_reaches_the_routers(method, pairs):
 def test_a_balancing_loss_needs_experts():
     with pytest.raises(ValueError, match="balance_weight is for experts"):
         Config(balance_weight=0.1)
+
+
+@pytest.mark.parametrize("name", ["icedit", "icedit-moe", "icedit-768", "icedit-1024"])
+def test_published_values_of_the_recipes(name):
+    loaded = recipe.load(name, ["backbone.weights=black-forest-labs/FLUX.1-Fill-dev", "data.root=shards"])
+    config, stage, data = loaded.config, loaded.stages["edit"], loaded.data
+    assert (stage.optimizer, stage.lr, stage.weight_decay, stage.betas, stage.eps) == (
+        "prodigy", 1.0, 0.01, (0.9, 0.999), 1e-8,
+    )  # fmt: skip
+    assert stage.prodigy_bias_correction and stage.prodigy_safeguard_warmup and stage.prodigy_decouple
+    assert (stage.max_grad_norm, stage.save_every, loaded.watch.every) == (0.5, 1000, 1000)
+    assert (stage.schedule, stage.batch_size * stage.accumulate) == ("constant", 2)
+    assert (data.kind, data.caption_dropout, data.workers, data.crop_noise) == ("icedit", 0.1, 5, True)
+    assert (config.guidance, config.sampling_guidance, config.steps, loaded.watch.steps) == (
+        1.0,
+        50.0,
+        28,
+        50,
+    )
+    assert (config.lora.rank, config.lora.alpha, config.lora.init, config.lora.targets) == (
+        32,
+        None,
+        "gaussian",
+        TARGETS,
+    )
+    assert (config.loss_on, config.offset_noise, config.shape, config.dropped_text) == (
+        "both",
+        0.0,
+        "square",
+        " ",
+    )
+    assert config.resolution == {"icedit-768": 768, "icedit-1024": 1024}.get(name)
+    assert loaded.seed == 666
+    if name == "icedit-moe":
+        lora = config.lora
+        assert (lora.experts, lora.expert_rank, lora.top_k, lora.gate) == (4, 32, 1, "topk-softmax")
+        assert (stage.batch_size, stage.accumulate, loaded.backbone.gradient_checkpointing) == (1, 2, False)
+        assert config.balance_weight == 0
+    else:
+        assert (stage.batch_size, stage.accumulate) == (2, 1)
