@@ -24,10 +24,15 @@ from pentimento.pocket import dataset, score
 from pentimento.pocket.tasks import cases
 
 
+def pairs_folder(task: str, args: argparse.Namespace) -> Path:
+    """Where a task's drawn pairs lie: other pairs or other prompts, another folder."""
+    return args.out / f"{task}-{args.pairs}-pairs{'-captions' if args.captions else ''}"
+
+
 def measure(task: str, name: str, args: argparse.Namespace) -> dict[str, object]:
     """Train one recipe on one task and score it; writes a sheet and returns what the table says."""
     out = args.out / f"{task}-{name}"
-    data = args.out / f"{task}-pairs"
+    data = pairs_folder(task, args)
     chosen = list(itertools.islice(cases(task, "test"), args.cases))
     if not data.exists():
         drawn = dataset.write(task, args.pairs, out=data)

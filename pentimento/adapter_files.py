@@ -25,11 +25,7 @@ def full_name(module: str) -> str:
 
 def read_record(file: Path) -> dict[str, Any]:
     """What this package wrote of how the weights were trained; empty for files of others."""
-    text = inspection.read_metadata(file).get("pentimento", "{}")
-    try:
-        return dict(json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{file}: its record of how it was trained is damaged ({error})") from error
+    return inspection.own_record(file, inspection.read_metadata(file))
 
 
 def recorded_adapter(file: Path, name: str = "") -> dict[str, Any]:

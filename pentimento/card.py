@@ -29,7 +29,7 @@ def write(recipe: Recipe, method: Method) -> str:
     """The README's text; no time, host or path of the machine is in it."""
     base = method.base()
     stages = "\n".join(
-        f"| {name} | {', '.join(s.train)} | {s.steps} | {s.batch_size} x {s.accumulate} | {s.optimizer}, lr {s.lr:g},"
+        f"| {name} | {', '.join(s.train)} | {s.steps} | {s.batch_size} x {s.accumulate} | {s.optimizer}, lr {s.peak:g},"
         f" {s.schedule} |"
         for name, s in recipe.stages.items()
     )

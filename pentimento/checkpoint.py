@@ -124,11 +124,25 @@ def save(
         ) from error
 
 
-def save_weights(out: Path, adapters: Adapters, record: Mapping[str, Any]) -> None:
-    """Write the result of a training to ``out/weights``; raises ``UserError`` where it cannot be written."""
+def save_weights(out: Path, adapters: Adapters, record: Mapping[str, Any], *, stage: str, step: int) -> None:
+    """Write the result of a training to ``out/weights``, all of its files or none, with the stage and step that it ended at.
+
+    Raises:
+        UserError: it cannot be written; what was there before is untouched.
+    """
+    new, old = (out / f"{WEIGHTS}{kind}{files.PARTIAL}" for kind in ("", "-before"))
     try:
-        adapters.save(out / WEIGHTS, record)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        adapters.save(new, {**record, "stage": stage, "step": step})
+        files.sync_folder(new)
+        if (out / WEIGHTS).exists():  # a folder that is not empty cannot be renamed over
+            os.rename(out / WEIGHTS, old)
+        os.rename(new, out / WEIGHTS)
+        files.sync_folder(out)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
         raise UserError(
             f"{out / WEIGHTS}: cannot be written ({error.strerror}); the last step is saved. Make room, then continue with --resume"
         ) from error

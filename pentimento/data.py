@@ -5,6 +5,7 @@ trainers that leave such pairs out silently, or shift the rest up, learn from th
 """
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -120,6 +121,9 @@ class Pair(Protocol):
     def digest(self) -> str:
         """SHA-256 over what the pictures hold: independent of prompt, names and place. Computed once."""
 
+    def stamp(self) -> str:
+        """Text that changes with the stored pictures: their digest, or what tells it without reading much."""
+
     def pictures(self) -> tuple[Picture, ...]:
         """The stored pictures that it is made of."""
 
@@ -185,6 +189,10 @@ class Row:
         for path in (self.source, None if self.side_by_side else self.target, self.mask):
             digest.update(_file_digest(path) if path else bytes(32))
         return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """The digest."""
+        return self.digest()
 
     def pictures(self) -> tuple[PictureFile, ...]:
         """The files; source and target may be one."""
@@ -285,6 +293,20 @@ def held_out(rows: Sequence[Pair], config: DataConfig) -> tuple[list[Pair], list
     chosen = sorted(rows, key=lambda row: hashlib.sha256(row.key.encode("utf-8", "surrogateescape")).digest())
     keys = {row.key for row in chosen[: config.held_out]}
     return [row for row in rows if row.key not in keys], [row for row in rows if row.key in keys]
+
+
+def inventory(rows: Sequence[Pair]) -> dict[str, Any]:
+    """The pairs in short, in their order: how many, and a digest each of their names, prompts and pictures."""
+    columns = {
+        "names": [row.key for row in rows],
+        "prompts": [json.dumps(row.prompts) for row in rows],
+        "pictures": [row.stamp() for row in rows],
+    }
+    digests = {
+        name: hashlib.sha256("\n".join(values).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        for name, values in columns.items()
+    }
+    return {"pairs": len(rows), **digests}
 
 
 def verify(rows: Iterable[Pair], progress: Callable[[int, int], None] | None = None) -> None:

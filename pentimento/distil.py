@@ -28,7 +28,7 @@ from .method import EditSettings, Example, Method
 from .recipe import Recipe
 from .schema import Origin
 from .specs import ExpertLoRA, LoRA
-from .train import Draws, Stage
+from .train import HIGHEST_RATE, Draws, Stage
 
 T = TypeVar("T")
 PLAIN = "plain"
@@ -69,8 +69,8 @@ class Distillation:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {value}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, but it is {self.lr}")
+        if not 0 < self.lr <= HIGHEST_RATE:
+            raise ValueError(f"lr must be above 0 and at most {HIGHEST_RATE}, but it is {self.lr}")
 
 
 class Student(Method):

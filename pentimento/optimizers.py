@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from .errors import UserError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def make_optimizer(stage: "Stage", params: Sequence[nn.Parameter]) -> Optimizer:
     """The stage's optimizer; raises ``UserError`` naming the extra that is missing."""
     common: dict[str, Any] = {
-        "lr": stage.lr,
+        "lr": stage.peak,
         "betas": stage.betas,
         "eps": stage.eps,
         "weight_decay": stage.weight_decay,
@@ -51,7 +51,7 @@ def make_optimizer(stage: "Stage", params: Sequence[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(params, **common)
 
 
-def make_schedule(stage: "Stage", optimizer: Optimizer) -> LRScheduler:
+def make_schedule(stage: "Stage", optimizer: Optimizer) -> LambdaLR:
     """The stage's course of the learning rate."""
     # diffusers passes over the warm-up of "constant" without a word.
     warm = stage.schedule == "constant" and stage.warmup > 0
@@ -63,6 +63,18 @@ def make_schedule(stage: "Stage", optimizer: Optimizer) -> LRScheduler:
         num_cycles=stage.cycles,
         power=stage.power,
     )
+
+
+def check(stage: "Stage") -> None:
+    """Build both for one number: raises what building them for the stage's parameters would."""
+    make_schedule(stage, make_optimizer(stage, [nn.Parameter(torch.zeros(1))]))
+
+
+def follow(schedule: LambdaLR, optimizer: Optimizer) -> None:
+    """Set the rate to what this course has at the step reached; what was loaded may be of the course of fewer steps."""
+    parts = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, peak, course in parts:
+        group["lr"] = peak * course(schedule.last_epoch)
 
 
 def current_lr(optimizer: Optimizer) -> float:

@@ -122,6 +122,16 @@ class Shard:
         self._starts, self._groups = starts, groups
         self._sizes: dict[tuple[int, str], tuple[int, int]] = {}
 
+    @property
+    def rows(self) -> int:
+        """How many it holds."""
+        return self._starts[-1]
+
+    @cached_property
+    def file_size(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
     def name(self, row: int, column: str) -> str:
         """What to call a picture in messages."""
         return f"{self.path}, row {row}, {column}"
@@ -223,6 +233,11 @@ class Row:
         for cell in self.pictures():
             digest.update(hashlib.sha256(self.shard.cell(cell.row, cell.column)).digest())
         return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """Name, size and rows of the shard, and which row: the pictures of millions of rows are not read for it."""
+        shard = self.shard
+        return f"{shard.path.name} {shard.file_size} {shard.rows} {self.index} {shard.crop}"
 
     def pictures(self) -> tuple[Cell, Cell]:
         """Source and target."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import data, images, progress, tracking
+from . import data, images, progress, tracking, train
 from .errors import UserError, counted
 from .flux.config import FluxConfig
 from .method import Method
@@ -49,7 +49,7 @@ class Plan:
             yield f"stage      {name} trains {', '.join(stage.train)}{count}"
             yield (
                 f"           {counted(stage.steps, 'step')} of {batch} samples ({passes:.1f} times each),"
-                f" {stage.optimizer} at lr {stage.lr:g} ({stage.schedule}), saved every {stage.save_every}"
+                f" {stage.optimizer} at lr {stage.peak:g} ({stage.schedule}), saved every {stage.save_every}"
             )
 
 
@@ -71,6 +71,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: whatever would stop the training that can be known without weights.
     """
+    train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     if recipe.watch.wandb is not None:
         tracking.check()
     rows = data.open_data(recipe.data)

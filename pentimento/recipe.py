@@ -24,6 +24,8 @@ METHODS = {
     "influxedit": "pentimento.methods.influxedit:InFluxEdit",
 }
 """Names of methods and where their classes are; a recipe may also give such a dotted path itself."""
+STAGE_NAME = re.compile(r"\w[\w-]*")
+"""What a stage may be called: its checkpoints are folders of that name, and overrides part their keys at dots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +238,11 @@ def _check(recipe: Recipe, origin: Origin) -> None:
         raise UserError(f"{origin.at(('seed',))}: seed must not be negative, but it is {recipe.seed}")
     known = method_class(recipe.method).names(recipe.config)
     for name, stage in recipe.stages.items():
+        if not STAGE_NAME.fullmatch(name):
+            raise UserError(
+                f"{origin.at(('stages', name))}: {name!r} cannot be the name of a stage; use letters, digits, _ and, from the"
+                " second on, -"
+            )
         unknown = [adapter for adapter in stage.train if known and adapter not in known]
         if unknown:
             key = ("stages", name, "train")

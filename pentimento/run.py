@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def train_run(
         raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
     if init is not None and not Path(init).exists():
         raise UserError(f"--init {init}: there is no such file or folder")
+    train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
     rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
     with contextlib.ExitStack() as held:
@@ -90,6 +91,7 @@ def _train(
     recipe: Recipe, out: Path, rows: list[data.Pair], held_out: list[data.Pair], init: str | Path | None
 ) -> None:
     method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
+    train.check_loaded(method, recipe.stages, precision_of(method))
     method.adapters.reset(recipe.seed)
     if init is not None or (out / START).exists():
         method.adapters.load(out / START if init is None else init)
@@ -100,11 +102,14 @@ def _train(
     record = record_of(recipe, method)
     main = train.processes().is_main_process
     if main:
-        _begin(recipe, out, method, record, copy_start=init is not None)
+        inputs = {"data": data.inventory(rows), "base": method.base()}
+        runfolder.check_inputs(out, inputs)
+        _begin(recipe, out, method, record, inputs, copy_start=init is not None)
     with progress.bar("encoding") as advance:
+        # Last those that are drawn: the backbone remembers only so many prompts.
+        samples.precompute(advance, release=watched is None)
         if watched:
-            watched.precompute(advance, release=False)
-        samples.precompute(advance)
+            watched.precompute(advance)
     settings = train.Run(out=out, seed=recipe.seed, precision=precision_of(method), record=record)
     with contextlib.ExitStack() as open_files:
         monitor = None
@@ -123,14 +128,22 @@ def _train(
         train.train(method, recipe.stages, samples, settings, monitor)
 
 
-def _begin(recipe: Recipe, out: Path, method: Method, record: Mapping[str, Any], *, copy_start: bool) -> None:
+def _begin(
+    recipe: Recipe,
+    out: Path,
+    method: Method,
+    record: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    copy_start: bool,
+) -> None:
     if copy_start:
         try:
             method.adapters.save(out / START, record)
         except OSError as error:
             raise UserError(f"{out / START}: cannot be written ({error.strerror})") from error
     runfolder.write_text(out / runfolder.README, card.write(recipe, method))
-    runfolder.record(out, recipe)
+    runfolder.record(out, recipe, inputs)
 
 
 def _watches(recipe: Recipe) -> bool:
@@ -240,8 +253,10 @@ def load(
     if (path / runfolder.RECIPE).is_file():
         place = checkpoint.at(path, at).folder if at is not None else final_weights(path)
         recipe = recipe_.load(path)
+        notes = unfinished(path, recipe) if at is None else ()
         plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
-        return _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+        editor = _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+        return replace(editor, notes=(*notes, *editor.notes))
     if at is not None:
         raise UserError(
             f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
@@ -258,6 +273,19 @@ def final_weights(run: Path) -> Path:
     saved = [str(s.step) for s in checkpoint.saved_steps(run)]
     hint = f"; saved steps, to be used with --at: {', '.join(saved)}" if saved else ""
     raise UserError(f"{run} has no weights yet: its training has not ended; continue it with --resume{hint}")
+
+
+def unfinished(run: Path, recipe: Recipe) -> tuple[str, ...]:
+    """A note where a run's weights are of fewer steps than its recipe has: it is being continued, or that was interrupted."""
+    record = _record(run / runfolder.WEIGHTS)
+    last, stage = list(recipe.stages.items())[-1]
+    if "step" not in record or (record["stage"], record["step"]) == (last, stage.steps):
+        return ()
+    return (
+        f"{run}: its weights are of step {record['step']} of {record['stage']}, but its recipe ends at step {stage.steps} of {last};"
+        f" to finish: pentimento train {run} --resume; saved steps, to be used with --at:"
+        f" {', '.join(str(s.step) for s in checkpoint.saved_steps(run))}",
+    )
 
 
 def _editor(

@@ -1,10 +1,11 @@
 """A run folder: everything that one training leaves, and all that an edit needs.
 
-``recipe.yaml`` (resolved), ``weights/`` (what diffusers loads), ``checkpoints/``, ``samples/``, ``metrics.jsonl``, TensorBoard
+``recipe.yaml`` (resolved), ``inputs.json``, ``weights/`` (what diffusers loads), ``checkpoints/``, ``samples/``, ``metrics.jsonl``, TensorBoard
 events, ``README.md``, and of W&B, where asked for, its own folder and the run's id. One process may train in it at a time.
 """
 
 import datetime
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,15 @@ RECIPE = "recipe.yaml"
 WEIGHTS = "weights"
 README = "README.md"
 LOCK = ".lock"
+INPUTS = "inputs.json"
+"""What the recipe only names: of the data and of the base model so much that a change is seen."""
+MEANING = {
+    "data.pairs": "the number of pairs",
+    "data.names": "names of the pairs, or their order",
+    "data.prompts": "prompts",
+    "data.pictures": "what pictures or masks hold",
+    "base.digest": "the weights of the base model",
+}
 RAISABLE = "steps"
 """The one setting of a stage that a continued run may change, upwards."""
 
@@ -105,8 +115,34 @@ def check_resumed(out: Path, recipe: Recipe) -> None:
         )
 
 
-def record(out: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe: from here on the folder holds a run."""
+def check_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
+    """Check that a run that the folder holds goes on with the data and the base model that it was begun with.
+
+    Raises:
+        UserError: something of them is other than before.
+    """
+    file = out / INPUTS
+    if not file.is_file():
+        return  # a new run
+    try:
+        before, now = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(schema.plain(inputs))
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); delete it to continue without comparing") from error
+    lines = "".join(
+        f"\n  {MEANING.get(key, key)}: {_shown(before, key)} -> {_shown(now, key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    )
+    if lines:
+        raise UserError(
+            f"--resume: {out} was begun with other data or another base model, which makes another training of it; put back what"
+            f" was there, or start a new run from its weights with --init {out}:{lines}"
+        )
+
+
+def record(out: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+    """Write the resolved recipe and what it was begun with: from here on the folder holds a run."""
+    write_text(out / INPUTS, json.dumps(schema.plain(inputs), indent=1, sort_keys=True) + "\n")
     write_text(out / RECIPE, dump(recipe))
 
 

@@ -9,7 +9,6 @@ however they are divided among micro-steps and processes, and a resumed run is t
 import contextlib
 import hashlib
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,22 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, optimizers
 from .checkpoint import Interrupted, Saved, Stop
+from .devices import NO_FP16, current, make_accelerator
+from .devices import Precision as Precision
+from .devices import processes as processes
 from .errors import UserError, counted
 from .method import Method
-from .optimizers import current_lr, make_optimizer, make_schedule
+from .optimizers import current_lr, follow, make_optimizer, make_schedule
 
 if TYPE_CHECKING:
     from .cache import Loaded, Samples
 
-Precision = Literal["fp32", "bf16", "fp16"]
-MIXED: Mapping[Precision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+LOWEST_FACTOR, HIGHEST_RATE = 0.01, 0.1
+"""Of prodigy's lr, and of the others': beyond them it was meant for the other."""
 SMALLEST_SCALE = 2.0**-10
 
 
@@ -47,8 +48,9 @@ class Stage:
     """Names of the adapters and tensors to optimise."""
     steps: int
     """Updates of the weights. A step sees batch_size * accumulate * processes samples."""
-    lr: float = 1e-4
-    """Learning rate at its peak; for prodigy a factor on its own estimate, 1 unless there is reason."""
+    lr: float | None = None
+    """Learning rate at its peak; for prodigy a factor on its own estimate, 1 unless there is reason. null: what suits the
+    optimizer, 1 for prodigy and 1e-4 for the others."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """adamw; adamw8bit (its state in 8 bits, needs the extra bnb); prodigy (finds its step size, arXiv:2306.06101)."""
     batch_size: int = 1
@@ -66,7 +68,8 @@ class Stage:
     schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
-    """Course of the learning rate over the steps, as in diffusers; constant with a warmup has one."""
+    """Course of the learning rate over the steps, as in diffusers; constant with a warmup has one. Where a continued run
+    has more steps than before, it follows the course over all of them from there on; what was done had the shorter one."""
     warmup: int = 0
     """Steps in which the learning rate rises from 0."""
     cycles: int = 1
@@ -95,11 +98,13 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("train is empty; name the adapters that this stage trains")
+        if len(set(self.train)) < len(self.train):
+            raise ValueError(f"train names an adapter twice: {', '.join(self.train)}")
         for name in ("steps", "batch_size", "accumulate", "cycles", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}")
         for name in ("lr", "eps", "power", "prodigy_d0", "prodigy_d_coef"):
-            if not 0 < getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, but it is {getattr(self, name)}")
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -111,8 +116,29 @@ class Stage:
             raise ValueError(
                 f"betas (and prodigy_beta3) must be at least 0 and below 1, but they are {decays}"
             )
-        if wrong := [step for step in self.keep_steps if not 1 <= step]:
-            raise ValueError(f"keep_steps must be steps from 1 on, but it names {wrong[0]}")
+        if wrong := [step for step in self.keep_steps if not 1 <= step <= self.steps]:
+            raise ValueError(
+                f"keep_steps must be steps of the stage, from 1 to {self.steps}, but it names {wrong[0]}"
+            )
+        self._check_rate()
+
+    def _check_rate(self) -> None:
+        """Rates of the one kind of optimizer are four orders of magnitude from those of the other."""
+        if self.optimizer == "prodigy" and self.peak < LOWEST_FACTOR:
+            raise ValueError(
+                f"lr is {self.peak:g}, but prodigy multiplies its own estimate with it; set lr=1, or null for its default (or"
+                " another optimizer)"
+            )
+        if self.optimizer != "prodigy" and self.peak > HIGHEST_RATE:
+            raise ValueError(
+                f"lr is {self.peak:g}, which {self.optimizer} does not learn with; set lr=1e-4, or null for its default (1 suits"
+                " prodigy)"
+            )
+
+    @property
+    def peak(self) -> float:
+        """The learning rate at its peak: ``lr``, or what stands for null."""
+        return self.lr if self.lr is not None else 1.0 if self.optimizer == "prodigy" else 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +220,19 @@ def train(
         UserError: nothing to train on, a loss that is not finite, too little memory, a folder that cannot be written.
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
-    state = processes(cpu=_device(method, stages).type == "cpu")
+    device = _device(method, stages)
+    state = processes(cpu=device.type == "cpu")
     if state.is_main_process:
         checkpoint.prepare(run.out)
     state.wait_for_everyone()
-    with checkpoint.deferred_signals(patient=state.num_processes > 1) as stop:
+    with current(device), checkpoint.deferred_signals(patient=state.num_processes > 1) as stop:
         for name in stages:
             fit(method, stages, name, samples, run, watch if state.is_main_process else None, stop)
+            # The next stage reads which steps are saved, while the main process still deletes some.
+            state.wait_for_everyone()
     if state.is_main_process:
-        checkpoint.save_weights(run.out, method.adapters, run.record)
+        last, stage = list(stages.items())[-1]
+        checkpoint.save_weights(run.out, method.adapters, run.record, stage=last, step=stage.steps)
     state.wait_for_everyone()
 
 
@@ -278,10 +308,10 @@ def backward(
     """Add up this process's gradients of one step; returns its mean losses."""
     means: dict[str, Tensor] = {}
     trained = False
+    # Not the accelerator's, which is always the first GPU where there is but one process.
+    device = method.adapters.parameters(*stage.train)[0].device
     for micro in range(stage.accumulate):
-        draws = Draws(
-            [(*step, position) for position in share(stage, micro, accelerator)], accelerator.device
-        )
+        draws = Draws([(*step, position) for position in share(stage, micro, accelerator)], device)
         with torch.no_grad():
             batch = samples.batch(next(stream), draws)
         losses = method.losses(batch, draws)
@@ -318,7 +348,7 @@ def agree(
     losses: Mapping[str, Tensor], stop: bool, accelerator: Accelerator
 ) -> tuple[dict[str, float], bool]:
     """Losses averaged over the processes, and whether any of them was asked to stop."""
-    flag = torch.tensor(float(stop), device=accelerator.device)
+    flag = torch.tensor(float(stop), device=next(iter(losses.values())).device)
     values = accelerator.reduce(torch.stack([*losses.values(), flag]), "mean").tolist()
     return dict(zip(losses, values[:-1], strict=True)), values[-1] > 0
 
@@ -397,36 +427,26 @@ def resume(
     for key, part in kept.items():
         if part is not None:
             part.load_state_dict(state[key])
+    follow(kept["schedule"], kept["optimizer"])
     return newest.step
 
 
-def processes(*, cpu: bool = False) -> PartialState:
-    """The processes that train together; to be called before anything else of accelerate.
+def check(stages: Mapping[str, Stage], precision: str, device: str) -> None:
+    """What can be known of stages and of a recipe's ``backbone`` section before weights are loaded.
 
-    Without a GPU accelerate has to be told, or each process of torchrun would train a copy of its own without a word.
+    Raises:
+        UserError: an optimizer whose extra is missing, or a precision that the device does not have.
     """
-    state = PartialState(cpu=cpu or not torch.accelerator.is_available())
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != state.num_processes:
-        raise UserError(
-            f"{started} processes were started, but {state.num_processes} of them work together on {state.device}"
-        )
-    return state
+    for stage in stages.values():
+        optimizers.check(stage)
+    if precision == "fp16" and (device == "cpu" or not torch.accelerator.is_available()):
+        raise UserError(NO_FP16)
 
 
-def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
-    """The accelerator of a stage; raises ``UserError`` for a precision that the device does not have."""
-    cpu = device.type == "cpu"
-    processes(cpu=cpu)
-    AcceleratorState._reset_state()  # its precision is for good otherwise: one session may train in several
-    if cpu and precision == "fp16":  # accelerate would compute in float32 without a word
-        raise UserError("backbone.precision: fp16 needs a GPU; use fp32 or bf16")
-    try:
-        return Accelerator(mixed_precision=MIXED[precision], cpu=cpu)
-    except ValueError as error:
-        raise UserError(
-            f"backbone.precision: {precision} does not work on {device.type} ({error}); use bf16 or fp32"
-        ) from error
+def check_loaded(method: Method, stages: Mapping[str, Stage], precision: Precision) -> None:
+    """The rest, once they are: adapters that the method does not have, and the precision on its device."""
+    for stage in stages.values():
+        make_accelerator(precision, method.adapters.train(*stage.train)[0].device)
 
 
 def _device(method: Method, stages: Mapping[str, Stage]) -> torch.device:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pretrain", description="Pretraining of the pocket models, in stages."
     )
@@ -40,7 +40,11 @@ def main() -> None:
     parser.add_argument(
         "--muon", action="store_true", help="Muon for the matrices of blocks instead of AdamW"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.stage == "tokenizers":

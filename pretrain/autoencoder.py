@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from . import models, pools
@@ -31,6 +32,40 @@ def learning_rate(peak: float, progress: float, step: int, warmup: int = 300) ->
         * min(1.0, (step + 1) / warmup)
         * max(0.02, 0.5 * (1 + torch.cos(torch.tensor(fall * 3.14159)).item()))
     )
+
+
+def take(drawn: Tensor, free: Tensor, batch: int) -> Tensor:
+    """Five renders to three procedural pictures, in [-1, 1], varied."""
+    x = torch.cat(
+        [
+            drawn[torch.randint(len(drawn), (batch * 5 // 8,))],
+            free[torch.randint(len(free), (batch * 3 // 8,))],
+        ]
+    )
+    return pools.augment(x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def losses(
+    x: Tensor, y: Tensor, mean: Tensor, logvar: Tensor, *, late: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is minimised, and of it the KL term and the squared error, which joins late."""
+    kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
+    mse = F.mse_loss(y, x)
+    loss = (y - x).abs().mean() + 0.5 * gradient_loss(y, x) + (4 * mse if late else 0) + 2e-4 * kl
+    return loss, kl, mse
+
+
+@torch.no_grad()
+def measure(vae: AutoencoderKL, drawn: Tensor) -> tuple[dict[str, float], list[float]]:
+    """Shift and scale that give latents unit variance, and their deviation in each channel."""
+    means = torch.cat(
+        [
+            vae.encoder(drawn[i : i + 128].float() / 127.5 - 1).chunk(2, 1)[0]
+            for i in range(0, min(2048, len(drawn)), 128)
+        ]
+    )
+    spread = [round(s, 2) for s in means.std((0, 2, 3)).tolist()]
+    return {"shift_factor": means.mean().item(), "scaling_factor": 1 / means.std().item()}, spread
 
 
 def train(
@@ -55,21 +90,13 @@ def train(
     factors = json.loads((start / "vae.json").read_text()) if start and decoder_only else {}
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4, fused=cuda)
     average = models.Average(params)
-    encode, decode = (
-        (torch.compile(vae.encoder), torch.compile(vae.decoder)) if cuda else (vae.encoder, vae.decoder)
-    )
+    encode, decode = (torch.compile(part) if cuda else part for part in (vae.encoder, vae.decoder))
     began, step, psnr = None, 0, 0.0
     while began is None or time.time() - began < seconds:
         progress = 0.0 if began is None else (time.time() - began) / seconds
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(1.2e-3 if start is None else 4e-4, progress, step)
-        x = torch.cat(
-            [
-                drawn[torch.randint(len(drawn), (batch * 5 // 8,))],
-                free[torch.randint(len(free), (batch * 3 // 8,))],
-            ]
-        )
-        x = pools.augment(x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        x = take(drawn, free, batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             mean, logvar = encode(x).chunk(2, 1)
             logvar = logvar.float().clamp(-20, 10)
@@ -79,11 +106,7 @@ def train(
                 amount = torch.exp(0.5 * logvar)
             z = mean.float() + torch.randn_like(logvar) * amount
             y = decode(z.to(mean.dtype)).float()
-        kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
-        mse = F.mse_loss(y, x)
-        loss = (
-            (y - x).abs().mean() + 0.5 * gradient_loss(y, x) + (4 * mse if progress > 0.3 else 0) + 2e-4 * kl
-        )
+        loss, kl, mse = losses(x, y, mean, logvar, late=progress > 0.3)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -99,24 +122,11 @@ def train(
                 flush=True,
             )
     average.swap()
-    if decoder_only:
-        models.save_parts(out, {"vae": vae})
-        (out / "vae.json").write_text(json.dumps(factors))
-        return
-    with torch.no_grad():
-        means = torch.cat(
-            [
-                vae.encoder(drawn[i : i + 128].float() / 127.5 - 1).chunk(2, 1)[0]
-                for i in range(0, min(2048, len(drawn)), 128)
-            ]
-        )
-    scale = {"shift_factor": means.mean().item(), "scaling_factor": 1 / means.std().item()}
     models.save_parts(out, {"vae": vae})
-    (out / "vae.json").write_text(json.dumps(scale))
-    print(
-        f"vae: {step} steps, {scale}, std per channel {[round(s, 2) for s in means.std((0, 2, 3)).tolist()]}",
-        flush=True,
-    )
+    if not decoder_only:
+        factors, spread = measure(vae, drawn)
+        print(f"vae: {step} steps, {factors}, std per channel {spread}", flush=True)
+    (out / "vae.json").write_text(json.dumps(factors))
 
 
 @torch.no_grad()

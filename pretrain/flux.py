@@ -9,10 +9,9 @@ Shapes: B batch, T picture tokens, S text tokens; latents packed (B, T, 64), con
 
 import json
 import math
-import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +25,21 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from . import models, pools
 from .autoencoder import learning_rate
+from .muon import Muon
+from .processes import Processes
 
 CLIP_TOKENS = 72
 GUIDANCE = (1.0, 50.0)
 TEACHER_SCALE = 3.0
+FIRST_SCENE = {"base": 0, "fill": 100_000_000, "distil": 200_000_000}
+SHARES = {
+    "base": (0.6, 0.15, 0.23, 0.02),
+    "fill": (0.36, 0.14, 0.48, 0.02),
+    "distil": (0.4, 0.13, 0.45, 0.02),
+}
+"""Of the kinds of batch: drawn, filled, diptychs, with long texts."""
+PEAKS = {"base": 1e-3, "fill": 7e-4, "distil": 4e-4}
+"""Learning rates."""
 DIFFERS = 0.15
 """Root mean square difference of latents above which a token of a pair counts as changed."""
 
@@ -291,47 +301,6 @@ def distillation_loss(net: Network, teacher: Network, world: World, batch: Batch
     return F.mse_loss(v.float(), torch.lerp(v_nothing, v_text, effective_scale(guidance).view(-1, 1, 1)))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz steps, for the matrices of blocks (Jordan et al. 2024), with the update
-    scaled to AdamW's size (arXiv:2502.16982). Matrices of one shape are treated together, which torch's class does not do:
-    a hundred small matrices one by one would take a quarter of the step.
-    """
-
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
-    ):
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in params:
-            shapes.setdefault(p.shape, []).append(p)
-        groups = [{"params": group} for group in shapes.values()]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            params = group["params"]
-            grad = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]
-            if not state:
-                state["momentum"] = torch.zeros_like(grad)
-            state["momentum"].lerp_(grad, 1 - group["momentum"])
-            update = orthogonal(grad.lerp(state["momentum"], group["momentum"]))
-            update *= -group["lr"] * 0.2 * math.sqrt(max(grad.shape[1:]))
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(update.unbind()))
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """The nearest matrices with equal singular values, roughly: five quintic Newton-Schulz steps on (n, rows, columns)."""
-    tall = x.shape[1] > x.shape[2]
-    y = (x.mT if tall else x).bfloat16()
-    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = y @ y.mT
-        y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
-    return (y.mT if tall else y).to(x.dtype)
-
-
 def optimizers(net: Network, peak: float, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest."""
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
@@ -346,42 +315,6 @@ def optimizers(net: Network, peak: float, muon: bool) -> list[torch.optim.Optimi
         torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=outer[0].is_cuda)
     ]
     return [*out, Muon(inner, peak)] if inner else out
-
-
-class Processes:
-    """The processes of one run, one per GPU, as torchrun starts them; a plain start is one process."""
-
-    def __init__(self, device: torch.device):
-        self.count, self.rank, self.device = (
-            int(os.environ.get("WORLD_SIZE", 1)),
-            int(os.environ.get("RANK", 0)),
-            device,
-        )
-        if self.count > 1:
-            if device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def mean_gradients(self, params: list[nn.Parameter]) -> None:
-        if self.count == 1:
-            return
-        grads = [p.grad for p in params if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat)
-        flat /= self.count
-        torch._foreach_copy_(
-            grads,
-            [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)],
-        )
-
-    def of_first(self, value: float) -> float:
-        """The first process's value, in all of them."""
-        if self.count == 1:
-            return value
-        shared = torch.tensor([value], device=self.device, dtype=torch.float64)
-        dist.broadcast(shared, 0)
-        return float(shared)
 
 
 def optimise(
@@ -433,6 +366,46 @@ def optimise(
     average.swap()
 
 
+def prepare_torch() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has been seen to fail on this kind of model
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    # An assertion of this analysis fails on FLUX's blocks with dynamic shapes (torch 2.11); eager is the way out of others.
+    torch._inductor.config.triton.coalesce_tiling_analysis = False
+    torch._dynamo.config.suppress_errors = True
+
+
+def teacher_of(net: Network, world: World) -> Network:
+    """A frozen copy of the network, whose text encoders stay as they are from then on."""
+    teacher = Network(len(world.t5_tokenizer), len(world.clip_tokenizer)).to(world.device)
+    teacher.load_state_dict(net.state_dict())
+    teacher.eval().requires_grad_(False)
+    net.t5.requires_grad_(False)
+    net.clip.requires_grad_(False)
+    if world.device.type == "cuda":
+        teacher.transformer.compile_repeated_blocks(dynamic=True)
+    return teacher
+
+
+def losses(
+    net: Network, teacher: Network | None, world: World, shares: tuple[float, ...], batch: int
+) -> Callable[[int], tuple[str, Tensor]]:
+    """The loss of a step with the kind of its batch, drawn by ``shares``; with a teacher, that of distilling."""
+    kinds = {"draw": world.draw, "fill": world.fill, "pair": world.pair, "long": world.long_text}
+    sizes = {"draw": batch, "fill": batch, "pair": batch * 5 // 8, "long": batch}
+
+    def loss_of(step: int) -> tuple[str, Tensor]:
+        name = random.choices(list(kinds), shares)[0]
+        rows = kinds[name](sizes[name])
+        if teacher is None:
+            return name, flow_loss(net, rows)
+        if random.random() < 0.3:  # guidance 1 is the data itself: go on learning from it
+            return f"{name} data", flow_loss(net, rows, GUIDANCE[0])
+        return name, distillation_loss(net, teacher, world, rows)
+
+    return loss_of
+
+
 def run(
     stage: str,
     out: Path,
@@ -456,12 +429,7 @@ def run(
     device = processes.device
     seed = 10 * again + {"base": 1, "fill": 2, "distil": 3}[stage]
     random.seed(f"{stage}{again}")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has been seen to fail on this kind of model
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.set_float32_matmul_precision("high")
-    # An assertion of this analysis fails on FLUX's blocks with dynamic shapes (torch 2.11); eager is the way out of others.
-    torch._inductor.config.triton.coalesce_tiling_analysis = False
-    torch._dynamo.config.suppress_errors = True
+    prepare_torch()
     opened = time.time()
     torch.manual_seed(seed + 1000 * processes.rank)
     codec = Codec(start, device)
@@ -469,9 +437,7 @@ def run(
         codec,
         tokenizers,
         pool,
-        {"base": 0, "fill": 100_000_000, "distil": 200_000_000}[stage]
-        + 40_000_000 * again
-        + 1_000_000_000 * processes.rank,
+        FIRST_SCENE[stage] + 40_000_000 * again + 1_000_000_000 * processes.rank,
         device,
     )
     print(
@@ -483,36 +449,9 @@ def run(
     torch.manual_seed(seed + 1000 * processes.rank)
     if stage != "base":
         net.load_state_dict(models.load_part(start, "net"))
-    shares = {
-        "base": (0.6, 0.15, 0.23, 0.02),
-        "fill": (0.36, 0.14, 0.48, 0.02),
-        "distil": (0.4, 0.13, 0.45, 0.02),
-    }[stage]
-    kinds = {"draw": world.draw, "fill": world.fill, "pair": world.pair, "long": world.long_text}
-    sizes = {"draw": batch, "fill": batch, "pair": batch * 5 // 8, "long": batch}
-
-    def pick() -> tuple[str, Batch]:
-        name = random.choices(list(kinds), shares)[0]
-        return name, kinds[name](sizes[name])
-
-    if stage == "distil":
-        teacher = Network(len(world.t5_tokenizer), len(world.clip_tokenizer)).to(device)
-        teacher.load_state_dict(net.state_dict())
-        teacher.eval().requires_grad_(False)
-        net.t5.requires_grad_(False)
-        net.clip.requires_grad_(False)
-        if device.type == "cuda":
-            teacher.transformer.compile_repeated_blocks(dynamic=True)
+    teacher = teacher_of(net, world) if stage == "distil" else None
     if device.type == "cuda":
         net.transformer.compile_repeated_blocks(dynamic=True)
-
-    def loss_of(step: int) -> tuple[str, Tensor]:
-        name, rows = pick()
-        if stage != "distil":
-            return name, flow_loss(net, rows)
-        if random.random() < 0.3:  # guidance 1 is the data itself: go on learning from it
-            return f"{name} data", flow_loss(net, rows, GUIDANCE[0])
-        return name, distillation_loss(net, teacher, world, rows)
 
     def save() -> None:
         state = {key.replace("_orig_mod.", ""): value for key, value in net.state_dict().items()}
@@ -521,8 +460,8 @@ def run(
             json.dumps({"shift_factor": codec.shift, "scaling_factor": codec.scale})
         )
 
-    peak = peak or {"base": 1e-3, "fill": 7e-4, "distil": 4e-4}[stage]
-    optimise(net, loss_of, opened + seconds, peak, muon, processes, save)
+    loss_of = losses(net, teacher, world, SHARES[stage], batch)
+    optimise(net, loss_of, opened + seconds, peak or PEAKS[stage], muon, processes, save)
     if processes.rank == 0:
         save()
     if processes.count > 1:

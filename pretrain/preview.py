@@ -74,6 +74,38 @@ def tile(rows: list[Tensor]) -> Image.Image:
     return Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy())
 
 
+def diptychs(artist: "Artist", count: int, guidance: tuple[float, ...], device: torch.device) -> list[Tensor]:
+    """Rows of sources and results of some edits; prints how many succeeded."""
+    rows = []
+    chosen = [
+        c
+        for name in ("add-glasses", "recolour-hair", "background", "remove", "smile", "replace")
+        for c in itertools.islice(tasks.cases(name, "dev"), max(2, count // 6))
+    ]
+    left, right = (
+        render([getattr(c, side) for c in chosen]).to(device) * 2 - 1 for side in ("source", "target")
+    )
+    prompts = [
+        f"a diptych of the same scene. on the left, {c.source_prompt}. on the right, {c.target_prompt}"
+        for c in chosen
+    ]
+    mask = torch.zeros(len(chosen), 1, 128, 256, device=device)
+    mask[..., 128:] = 1
+    for g in guidance:
+        made = artist.fill(torch.cat([left, torch.zeros_like(left)], 3), mask, prompts, g, 128)
+        good = [
+            readout.judge((made[i, :, :, 128:].cpu() + 1) / 2, c.source, c.target, c.wanted)
+            for i, c in enumerate(chosen)
+        ]
+        print(
+            f"diptychs at guidance {g}: left half {psnr(made[..., :128], left).mean().item():.2f} dB, success {sum(r.success for r in good) / len(good):.2f}, "
+            f"kept {sum(r.kept for r in good) / len(good):.3f}, background {sum(r.background for r in good) / len(good):.2f} dB"
+        )
+        step = max(1, len(chosen) // 12)
+        rows += [left[::step][:12], made[::step][:12, :, :, 128:]]
+    return rows
+
+
 def main(
     folder: Path,
     tokenizers: Path,
@@ -108,32 +140,7 @@ def main(
     ).sum((1, 2, 3))
     print("filled: PSNR outside", (-10 * torch.log10(outside)).mean().item())
     rows += [truth[:12] * (1 - hole[:12]), filled[:12]]
-    chosen = [
-        c
-        for name in ("add-glasses", "recolour-hair", "background", "remove", "smile", "replace")
-        for c in itertools.islice(tasks.cases(name, "dev"), max(2, count // 6))
-    ]
-    left, right = (
-        render([getattr(c, side) for c in chosen]).to(device) * 2 - 1 for side in ("source", "target")
-    )
-    prompts = [
-        f"a diptych of the same scene. on the left, {c.source_prompt}. on the right, {c.target_prompt}"
-        for c in chosen
-    ]
-    mask = torch.zeros(len(chosen), 1, 128, 256, device=device)
-    mask[..., 128:] = 1
-    for g in guidance:
-        made = artist.fill(torch.cat([left, torch.zeros_like(left)], 3), mask, prompts, g, 128)
-        good = [
-            readout.judge((made[i, :, :, 128:].cpu() + 1) / 2, c.source, c.target, c.wanted)
-            for i, c in enumerate(chosen)
-        ]
-        print(
-            f"diptychs at guidance {g}: left half {psnr(made[..., :128], left).mean().item():.2f} dB, success {sum(r.success for r in good) / len(good):.2f}, "
-            f"kept {sum(r.kept for r in good) / len(good):.3f}, background {sum(r.background for r in good) / len(good):.2f} dB"
-        )
-        step = max(1, len(chosen) // 12)
-        rows += [left[::step][:12], made[::step][:12, :, :, 128:]]
+    rows += diptychs(artist, count, guidance, device)
     tile(rows).save(out / "preview.png")
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy
 
-from pentimento import checkpoint, files
+from pentimento import checkpoint, files, inspection
 from pentimento.errors import UserError
 from pentimento.train import Stage
 
@@ -80,6 +80,43 @@ def test_more_steps_continue_a_finished_run(tmp_path):
     whole = toy.run(tmp_path, "whole", steps=9)
     toy.run(tmp_path, steps=4)
     assert toy.difference(toy.run(tmp_path, steps=9), whole) == 0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+def test_more_steps_follow_the_longer_course_of_the_rate(tmp_path, schedule):
+    """A shorter course had ended at 0: the first step of the continuation must not be made at that."""
+    whole, continued = toy.Note(), toy.Note()
+    settings = {"schedule": schedule, "warmup": 2}
+    toy.run(tmp_path, "whole", watch=whole, steps=9, **settings)
+    toy.run(tmp_path, steps=4, **settings)
+    toy.run(tmp_path, steps=9, watch=continued, **settings)
+    rates = [[report.lr for report in note.reports if report.losses] for note in (whole, continued)]
+    assert rates[1] == rates[0][4:] and rates[1][0] > 0
+
+
+def test_weights_are_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A file of the new weights fails: the old ones stay, all of them, and no rubbish."""
+    toy.run(tmp_path, toy=noisy(), steps=2)
+    weights = tmp_path / "run" / "weights"
+    before = {path: path.read_bytes() for path in weights.rglob("*.safetensors")}
+    assert len(before) == 3
+    write = files.write
+
+    def full(path, data, *, durable=True):
+        if "weights" in path.parent.parent.name and path.name.startswith("flux_"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data, durable=durable)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="weights: cannot be written"):
+        patch.setattr(files, "write", full)
+        toy.run(tmp_path, toy=noisy(), steps=4)
+    assert {path: path.read_bytes() for path in weights.rglob("*.safetensors")} == before
+    toy.run(tmp_path, toy=noisy(), steps=4)
+    assert {path: path.read_bytes() for path in weights.rglob("*.safetensors")}.keys() == before.keys()
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["checkpoints", "weights"]
+    file = weights / "content" / "pytorch_lora_weights.safetensors"
+    record = json.loads(inspection.read_metadata(file)["pentimento"])
+    assert (record["stage"], record["step"]) == ("pair", 4)
 
 
 def test_nothing_is_done_twice(tmp_path):

@@ -104,6 +104,27 @@ def test_drawn_pictures_against_the_libraries(case):
     assert metrics.colour_shift(x, y, mask).tolist() == pytest.approx(golden["colour_shift"], rel=1e-4)
 
 
+RECORDED = {
+    "l1": metrics.l1, "mse": metrics.mse, "psnr": metrics.psnr, "ssim_torchmetrics": metrics.ssim,
+    "ssim_skimage_gauss_valid": metrics.ssim_valid, "ms_ssim": metrics.ms_ssim, "deltaE76_mean": metrics.delta_e76,
+    "deltaE2000_mean": metrics.delta_e2000,
+}  # fmt: skip
+RECORDED_MASKED = ("pie_psnr", "pie_mse", "pie_ssim", "strict_bg_mse", "strict_bg_psnr", "strict_bg_l1")
+
+
+@pytest.mark.parametrize("row", json.loads((FOLDER / "recorded.json").read_text(encoding="utf-8"))["rows"])
+def test_rows_that_others_recorded(row):
+    """With the tolerances that the recording names."""
+    x, y = open_image(FOLDER / row["source"]), open_image(FOLDER / row["target"])
+    mask = open_mask(FOLDER / row["mask"], white="keep")
+    values = {name: function(x, y).mean() for name, function in RECORDED.items()}
+    values |= {name: getattr(metrics, name)(x, y, mask) for name in RECORDED_MASKED}
+    assert values.keys() == {key for key, value in row.items() if isinstance(value, float)} - {"bg_fraction"}
+    for name, value in values.items():
+        tolerance = {"abs": 2e-4} if "ssim" in name else {"rel": 1e-4}
+        assert float(value) == pytest.approx(row[name], **tolerance), name
+
+
 def test_a_real_edit_against_the_libraries():
     x, y = open_image(FOLDER / "source.jpg"), open_image(FOLDER / "output.jpg")
     mask = open_mask(FOLDER / "mask_white_keeps.png", white="keep")

@@ -468,6 +468,16 @@ def test_the_digest_follows_the_pictures_only(tmp_path):
     assert open_data(config(tmp_path / "b", "magicbrush"))[0].digest() != first[0].digest()
 
 
+def test_the_stamp_tells_rows_and_shards_apart_without_reading_pictures(tmp_path, magic, reads):
+    rows = open_data(config(magic, "magicbrush"))
+    stamps = [row.stamp() for row in rows]
+    assert len(set(stamps)) == len(rows) and not reads
+    assert [row.stamp() for row in open_data(config(magic, "magicbrush"))] == stamps
+    assert [row.stamp() for row in open_data(config(magic, "magicbrush", crop_noise=False))] != stamps
+    shards.write(rows[0].shard.path, [shards.magic(index) for index in (5, 6, 7, 8)])
+    assert open_data(config(magic, "magicbrush"))[0].stamp() != stamps[0]
+
+
 def test_held_out_rows_and_another_data_set_for_them(tmp_path, magic, omni):
     options = config(magic, "magicbrush", held_out=2)
     train, held = held_out(open_data(options), options)

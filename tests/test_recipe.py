@@ -9,6 +9,7 @@ from pentimento import recipe, schema
 from pentimento.adapters import ExpertLoRA, LoRA
 from pentimento.errors import UserError
 from pentimento.flux.config import FluxConfig
+from pentimento.methods.influxedit import LARGEST_NATIVE
 from pentimento.recipe import Recipe
 from pentimento.recipes import shipped
 
@@ -60,6 +61,8 @@ def test_published_values_of_influxedit(name: str) -> None:
         "gaussian",
     )  # null: alpha = rank
     assert (config.guidance, config.sampling_guidance) == (1.0, 30.0)
+    # null: what the model was made for, at most this. FLUX.1 was made for 1024.
+    assert (config.resolution, LARGEST_NATIVE) == (None, 256)
     assert (config.weighting_scheme, config.mask, config.train_embedder) == ("none", "white", False)
     assert (stage.optimizer, stage.lr, stage.schedule, stage.warmup) == ("prodigy", 1.0, "constant", 0)
     assert (stage.batch_size, stage.accumulate, stage.max_grad_norm) == (1, 4, 1.0)
@@ -69,7 +72,12 @@ def test_published_values_of_influxedit(name: str) -> None:
 @pytest.mark.parametrize("write", [recipe.dump, recipe.explain])
 @pytest.mark.parametrize("name", list(shipped()))
 def test_a_written_recipe_loads_back_equal(name: str, write, tmp_path: Path) -> None:
-    changes = ["stages.edit.keep_steps=[3, 5]", 'data.prompt=no: #1 "ü"', "stages.edit.lr=1e-7", "seed=7"]
+    changes = [
+        "stages.edit.keep_steps=[3, 5]",
+        'data.prompt=no: #1 "ü"',
+        "stages.edit.weight_decay=1e-7",
+        "seed=7",
+    ]
     loaded = recipe.load(name, changes)
     (tmp_path / "again.yaml").write_text(write(loaded), encoding="utf-8")
     assert recipe.load(tmp_path / "again.yaml") == loaded
@@ -278,3 +286,42 @@ def test_a_section_of_two_kinds_is_the_one_whose_keys_it_has() -> None:
 def test_a_mistake_in_a_section_of_two_kinds_does_not_make_it_the_other(lora, said) -> None:
     with pytest.raises(UserError, match=said):
         section(targets="x", **lora)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "-edit", "a.b", "two words", "'a\\\\b'", '""'])
+def test_a_stage_is_named_so_that_its_checkpoints_are_found_again(tmp_path: Path, name: str) -> None:
+    said = mistake_in(tmp_path, PLAIN.replace("edit:\n", f"{name}:\n"))
+    assert "line 5" in said and "cannot be the name of a stage" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer=adamw"], "lr is 1, which adamw does not learn with; set lr=1e-4"),
+        (["optimizer=adamw8bit"], "lr is 1, which adamw8bit"),
+        (["lr=0.002"], "lr is 0.002, but prodigy multiplies its own estimate with it; set lr=1"),
+        (["train=[edit, edit]"], "train names an adapter twice"),
+        (["keep_steps=[700]"], "from 1 to 600, but it names 700"),
+    ],
+)
+def test_a_rate_of_another_optimizer_and_settings_without_effect(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe.load("influxedit-edit", [f"stages.edit.{text}" for text in overrides])
+    assert words in str(caught.value)
+
+
+def test_a_rate_that_is_not_given_is_that_of_the_optimizer(tmp_path: Path) -> None:
+    stage = recipe.load("influxedit-edit", ["stages.edit.optimizer=adamw", "stages.edit.lr=null"]).stages[
+        "edit"
+    ]
+    assert (stage.lr, stage.peak) == (None, 1e-4)
+    (tmp_path / "mine.yaml").write_text(PLAIN)
+    assert recipe.load(tmp_path / "mine.yaml").stages["edit"].peak == 1e-4
+    prodigy = recipe.load(tmp_path / "mine.yaml", ["stages.edit.optimizer=prodigy"])
+    assert prodigy.stages["edit"].peak == 1
+
+
+@pytest.mark.parametrize("name", ["edit_2", "2nd-part", "\u00e4ndern"])
+def test_names_of_stages(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine.yaml").write_text(PLAIN.replace("edit:\n", f"{name}:\n"), encoding="utf-8")
+    assert list(recipe.load(tmp_path / "mine.yaml").stages) == [name]

@@ -381,11 +381,33 @@ def test_eight_bit_adam_names_its_extra(monkeypatch):
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"keep_last": 0}, "keep_last"),
         ({"keep_steps": (0,)}, "keep_steps"),
+        ({"keep_steps": (6, 7)}, "keep_steps.*1 to 6.*7"),
+        ({"train": ("content", "content")}, "twice"),
+        ({"lr": 1.0}, "adamw does not learn"),
+        ({"optimizer": "prodigy"}, "its own estimate"),
     ],
 )
 def test_impossible_stages(wrong, named):
     with pytest.raises(ValueError, match=named):
         Stage(**{**toy.STAGE, **wrong})
+
+
+def test_the_device_is_that_of_what_is_trained(tmp_path, monkeypatch):
+    """With one process accelerate knows the first GPU only, whatever backbone.device says."""
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    whole = toy.run(tmp_path, "whole")
+    make = train.make_accelerator
+    monkeypatch.setattr(train, "make_accelerator", lambda *arguments: Elsewhere(make(*arguments)))
+    assert toy.difference(toy.run(tmp_path), whole) == 0
 
 
 def test_an_unknown_adapter_is_named(tmp_path):

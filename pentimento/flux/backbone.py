@@ -259,6 +259,8 @@ class Flux:
             for row, prompt in enumerate(missing):
                 known[prompt, max_length] = embeds[row], pooled[row]
         rows = [known[p, max_length] for p in prompts]
+        for prompt in prompts:
+            known.move_to_end((prompt, max_length))
         while len(known) > REMEMBERED_PROMPTS:
             known.popitem(last=False)
         return Text(prompt_embeds=torch.stack([e for e, _ in rows]), pooled=torch.stack([p for _, p in rows]))

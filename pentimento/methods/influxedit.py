@@ -55,7 +55,8 @@ USAGE = {
     "is handed over ready-made, as `masked_image_latents` of 320 channels.",
 }
 """How stock pipelines use the weights, by mode; ``docs/interoperability.md`` has the lines."""
-LARGEST_NATIVE = 512
+LARGEST_NATIVE = 256
+"""Long edge of a picture in the published runs; in split mode the canvas is 512 wide."""
 MULTIPLE = 16
 
 
@@ -80,7 +81,7 @@ class InFluxEdit(Method):
         """How Fill sees the source: edit (extra channels, white mask) or split (left half of a canvas)."""
         resolution: int | None = None
         """Long edge in pixels of a picture (in split mode: of each half). null: what the model was made for,
-        at most 512 (pocket: 128). The published runs used 256."""
+        at most 256 as in the published runs (pocket: 128)."""
         prompt_template: str = "{prompt}"
         """Text given to the model; {prompt} stands for the instruction or caption of the pair."""
         max_sequence_length: int | None = None

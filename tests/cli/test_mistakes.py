@@ -187,9 +187,9 @@ def test_a_used_run_folder(refuse, settings, trained: Path) -> None:
 def test_resume_of_nothing_or_with_other_settings(refuse, settings, trained: Path) -> None:
     assert "holds no run" in refuse("train", "influxedit-edit", *settings, "--out", "new", "--resume")
     assert "which run" in refuse("train", "influxedit-edit", *settings, "--resume")
-    changed = (*settings, "stages.edit.lr=0.5", "stages.edit.steps=1")
+    changed = (*settings, "stages.edit.lr=0.08", "stages.edit.steps=1")
     said = refuse("train", "influxedit-edit", *changed, "--out", trained, "--resume")
-    assert "stages.edit.lr: 0.05 -> 0.5" in said
+    assert "stages.edit.lr: 0.05 -> 0.08" in said
     assert "stages.edit.steps: 2 -> 1" in said
     assert "--init" in refuse("train", trained, "--resume", "--init", trained)
 

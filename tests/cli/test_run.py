@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import packed
@@ -96,6 +98,120 @@ def test_an_interrupted_run_says_how_to_continue_and_ends_the_same(
         run.load(out)
     run.train_run(recipe.load(out), out, resume=True)
     assert weights(out) == weights(trained)
+
+
+def test_weights_of_a_run_that_is_continued_say_that_they_are_not_the_last(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise UserError("power cut")
+
+    out = run.train_run(plan("stages.edit.steps=1"), tmp_path / "run")
+    assert run.load(out).notes == ()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="power cut"):
+        patch.setattr(run.checkpoint, "save_weights", fails)
+        run.train_run(plan(), out, resume=True)
+    (note,) = run.load(out).notes
+    assert "step 1 of edit, but its recipe ends at step 2 of edit" in note and "--at: 1, 2" in note
+    assert run.load(out, at=2).notes == ()
+    run.train_run(plan(), out, resume=True)
+    assert run.load(out).notes == ()
+
+
+def without_extra(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "bitsandbytes", None)
+    patch.setitem(sys.modules, "bitsandbytes.optim", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("stages.edit.optimizer=adamw8bit", "extra bnb"), ("backbone.precision=fp16", "fp16 needs a GPU")],
+)
+def test_what_cannot_train_here_is_known_before_anything_is_loaded(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, words: str
+) -> None:
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    without_extra(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("pentimento.flux.backbone.Flux.load", loaded)
+        for work in (preview.plan, lambda chosen: run.train_run(chosen, tmp_path / "run")):
+            with pytest.raises(UserError, match=words):
+                work(plan(override))
+    assert not (tmp_path / "run").exists()
+    assert run.train_run(plan("stages.edit.steps=1"), tmp_path / "run").is_dir()
+
+
+def test_what_cannot_train_on_the_loaded_model_begins_no_run(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "precision_of", lambda method: "fp16")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        run.train_run(plan(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_drawn_are_encoded_last(
+    plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backbone remembers a few prompts; those of training must not push them out."""
+    order = []
+    encode = run.Samples.precompute
+
+    def noted(self, progress=None, *, release=True):
+        order.append((len(self), release))
+        encode(self, progress, release=release)
+
+    monkeypatch.setattr(run.Samples, "precompute", noted)
+    run.train_run(plan("watch.every=9", "watch.steps=1", "stages.edit.steps=1"), tmp_path / "run")
+    assert order == [(4, False), (2, True)]
+
+
+def turn(folder: Path) -> None:
+    file = folder / "source" / "1.png"
+    with Image.open(file) as picture:
+        turned = picture.transpose(Image.Transpose.ROTATE_180)
+    turned.putpixel((0, 0), (1, 2, 3))
+    turned.save(file)
+
+
+def take_away(folder: Path) -> None:
+    for part, ending in (("source", "png"), ("target", "png"), ("prompts", "txt")):
+        (folder / part / f"5.{ending}").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (turn, ["what pictures or masks hold"]),
+        (lambda folder: (folder / "prompts" / "1.txt").write_text("turn it round"), ["prompts"]),
+        (take_away, ["the number of pairs: 6 -> 5", "names of the pairs"]),
+    ],
+)
+def test_a_run_is_not_continued_on_other_data(
+    plan, tmp_path: Path, own_pairs: Path, change: Callable[[Path], None], words: list[str]
+) -> None:
+    settings = [f"data.root={own_pairs}", "data.held_out=0"]
+    out = run.train_run(plan(*settings, "stages.edit.steps=1"), tmp_path / "run")
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    change(own_pairs)
+    with pytest.raises(UserError, match=f"--init {out}") as caught:
+        run.train_run(plan(*settings), out, resume=True)
+    assert all(word in str(caught.value) for word in words)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+
+
+def test_a_run_is_not_continued_on_other_weights(plan, tmp_path: Path, tiny_fill: Path) -> None:
+    model = Path(shutil.copytree(tiny_fill, tmp_path / "model"))
+    out = run.train_run(plan(f"backbone.weights={model}", "stages.edit.steps=1"), tmp_path / "run")
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    (model / "transformer" / "config.json").write_text(json.dumps(config, indent=1))
+    with pytest.raises(UserError, match="the weights of the base model: .* -> "):
+        run.train_run(plan(f"backbone.weights={model}"), out, resume=True)
+    (out / "inputs.json").unlink()  # as in the folder of a version that wrote none
+    run.train_run(plan(f"backbone.weights={model}"), out, resume=True)
+    assert (out / "inputs.json").is_file()
 
 
 def test_the_lock_of_a_dead_process_is_no_obstacle(plan, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_native_settings_of_the_backbone(fill_config, monkeypatch):
     made = InFluxEdit.load(fill_config, Config())
     assert (made.resolution, made.text_length) == (64, 64)
     monkeypatch.setattr(Flux, "native_resolution", 1024)
-    assert InFluxEdit.load(fill_config, Config()).resolution == 512
+    assert InFluxEdit.load(fill_config, Config()).resolution == 256
 
 
 def test_targets_are_scaled_to_the_sources_size(method, picture):
