@@ -103,7 +103,7 @@ def test_an_interrupted_run_says_how_to_continue_and_ends_the_same(
 def test_weights_of_a_run_that_is_continued_say_that_they_are_not_the_last(
     plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*arguments: object) -> None:
+    def fails(*arguments: object, **named: object) -> None:
         raise UserError("power cut")
 
     out = run.train_run(plan("stages.edit.steps=1"), tmp_path / "run")
