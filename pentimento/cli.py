@@ -174,6 +174,8 @@ def edit(
         out=out,
         mask=mask,
     )
+    if not instruction:
+        run.check_instruction(what, at)
     editor = run.load(what, at=at, overrides=overrides)
     for note in editor.notes:
         print(f"pentimento: note: {note}", file=sys.stderr)

@@ -174,7 +174,8 @@ def _make(
         "measured_on": f"{min(len(watched), settings.measured)} {'held-out' if held else 'training'} pairs",
     }
     config = dataclasses.replace(recipe.config, lora=plain)
-    record = run.record_of(dataclasses.replace(recipe, config=config), method)
+    prompt = run.trained_prompt(run.final_weights(folder), recipe.data.prompt)
+    record = run.record_of(dataclasses.replace(recipe, config=config), method, prompt)
     with export_.writing(file):
         method.adapters.save_one(file, PLAIN, {**record, "export": about}, called=name)
     return export_.Exported(file=file, lines=_report(file, method, plain, about))

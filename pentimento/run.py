@@ -47,6 +47,10 @@ PRECISIONS: Mapping[torch.dtype, train.Precision] = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
 }  # fmt: skip
 HIGHEST_PSNR = 100.0
+NO_INSTRUCTION = (
+    "say what to change with --instruction: the training pairs had no prompt in common that could stand for it"
+    ' (--instruction "" asks for nothing in particular)'
+)
 
 
 def train_run(
@@ -97,7 +101,7 @@ def _train(
     cache: dict[str, Any] = {"cache": recipe.data.cache, "folder": out / CACHE}
     samples = Samples(rows, method, caption_dropout=dropout, workers=workers, **cache)
     watched = Samples(held_out, method, **cache) if held_out and _watches(recipe) else None
-    record = record_of(recipe, method)
+    record = record_of(recipe, method, shared_prompt(rows))
     main = train.processes().is_main_process
     if main:
         _begin(recipe, out, method, record, copy_start=init is not None)
@@ -158,14 +162,24 @@ def measure(example: Example, result: Image) -> dict[str, float]:
     }
 
 
-def record_of(recipe: Recipe, method: Method) -> dict[str, Any]:
-    """What every adapter file of a run says of itself, JSON-able; no time, host or path."""
+def shared_prompt(rows: Sequence[data.Pair]) -> str | None:
+    """The one prompt that all pairs have; ``None`` where they have several."""
+    prompts = {prompt for row in rows for prompt in row.prompts}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def record_of(recipe: Recipe, method: Method, prompt: str | None) -> dict[str, Any]:
+    """What every adapter file of a run says of itself, JSON-able; no time, host or path.
+
+    ``prompt`` is the one that all training pairs shared.
+    """
     return {
         "version": __version__,
         "method": recipe.method,
         "backbone": method.base(),
         "config": schema.plain(recipe.config),
         "settings": method.metadata(),
+        "prompt": prompt,
     }
 
 
@@ -174,8 +188,8 @@ class Editor:
     """A trained edit, ready for pictures."""
 
     method: Method
-    default_instruction: str = ""
-    """What is asked for where no instruction is given: the one that all training pairs shared, if they did."""
+    default_instruction: str | None = None
+    """What is asked for where no instruction is given: the one that all training pairs shared. None: they shared none."""
     notes: tuple[str, ...] = ()
     """What a person should know, such as another base model than the trained one."""
 
@@ -196,7 +210,8 @@ class Editor:
         model and 1 what was trained.
 
         Raises:
-            UserError: a picture that cannot be read, or memory that does not suffice.
+            UserError: no instruction where there is no default, a picture that cannot be read, or memory that does not
+                suffice.
         """
         key = "" if isinstance(image, PIL.Image.Image) else Path(image).stem
         source = image.convert("RGB") if isinstance(image, PIL.Image.Image) else images.open_image(image)
@@ -207,6 +222,8 @@ class Editor:
                 )
             mask = mask.convert("L") if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
         prompt = self.default_instruction if instruction is None else instruction
+        if prompt is None:
+            raise UserError(NO_INSTRUCTION)
         settings = EditSettings(seed=seed, steps=steps, guidance=guidance, scale=scale)
         try:
             return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
@@ -237,19 +254,45 @@ def load(
         device is not None
     )
     changes += overrides
+    place = _place(path, at)
     if (path / runfolder.RECIPE).is_file():
-        place = checkpoint.at(path, at).folder if at is not None else final_weights(path)
         recipe = recipe_.load(path)
         plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
-        return _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+        return _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt)
+    return _editor(recorded_setup(place, changes), place, place, changes)
+
+
+def check_instruction(what: str | Path, at: int | None = None) -> None:
+    """Check, without loading any weights, that an edit may go without an instruction; arguments as for ``load``.
+
+    Raises:
+        UserError: it may not, or what ``load`` raises for what is no run and no adapter.
+    """
+    path = Path(what)
+    place = _place(path, at)
+    run_prompt = recipe_.load(path).data.prompt if (path / runfolder.RECIPE).is_file() else None
+    # Of files of others nothing is known, and `load` says first what else is missing.
+    if _record(place) and trained_prompt(place, run_prompt) is None:
+        raise UserError(f"{path}: {NO_INSTRUCTION}")
+
+
+def trained_prompt(place: Path, default: str | None = None) -> str | None:
+    """The prompt that all training pairs shared as the weights record it; the default for weights that do not say."""
+    prompt = _record(place).get("prompt", default)
+    return None if prompt is None else str(prompt)
+
+
+def _place(path: Path, at: int | None) -> Path:
+    """Where the weights lie: a folder of a run, or an adapter file."""
+    if (path / runfolder.RECIPE).is_file():
+        return checkpoint.at(path, at).folder if at is not None else final_weights(path)
     if at is not None:
         raise UserError(
             f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
         )
-    if not path.exists() and str(what) in shipped():
-        raise UserError(f"{what} is a recipe; train it first: pentimento train {what} data.root=FOLDER")
-    place = inspection.find(path)
-    return _editor(recorded_setup(place, changes), place, place, changes)
+    if not path.exists() and str(path) in shipped():
+        raise UserError(f"{path} is a recipe; train it first: pentimento train {path} data.root=FOLDER")
+    return inspection.find(path)
 
 
 def final_weights(run: Path) -> Path:
@@ -261,7 +304,7 @@ def final_weights(run: Path) -> Path:
 
 
 def _editor(
-    plain: Mapping[str, Any], origin: Path, place: Path, overrides: Sequence[str], default: str = ""
+    plain: Mapping[str, Any], origin: Path, place: Path, overrides: Sequence[str], default: str | None = None
 ) -> Editor:
     record = _record(place)
     raw = dict(plain)
@@ -275,7 +318,8 @@ def _editor(
         # Where the layers were read off the file, it is the file that does not fit.
         raise UserError(str(error) if record else f"{place}: {error}") from error
     method.adapters.load(place)
-    return Editor(method=method, default_instruction=default, notes=tuple(_notes(record, method)))
+    prompt = trained_prompt(place, default)
+    return Editor(method=method, default_instruction=prompt, notes=tuple(_notes(record, method)))
 
 
 def _record(place: Path) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from pentimento import recipe
+from pentimento import editing, recipe
+from pentimento.errors import UserError
 
 
 def test_every_command_answers_a_wrong_name(refuse, photo: Path, settings: list[str]) -> None:
@@ -251,6 +253,56 @@ def test_a_wrong_edit(refuse, trained: Path, photo: Path, arguments: list[str], 
     Path("fake.png").write_text("GIF89a, or so")
     Path("zero.png").write_bytes(b"")
     assert words in refuse("edit", trained, *arguments)
+
+
+def test_an_edit_without_an_instruction_after_training_on_several(
+    refuse, trained: Path, photo: Path, tmp_path: Path
+) -> None:
+    """Before any weights are loaded; those of the run are not even there."""
+    several = shutil.copytree(trained, tmp_path / "several")
+    file = several / "weights" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    record = json.loads(metadata["pentimento"]) | {"prompt": None}
+    save_file(load_file(file), file, metadata | {"pentimento": json.dumps(record)})
+    for what in (several, file):
+        said = refuse("edit", what, photo, "backbone.weights=absent")
+        assert "--instruction" in said and "no prompt in common" in said
+    assert "absent" in refuse("edit", several, photo, "backbone.weights=absent", "--instruction", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["photo.png", "photo-sheet.png"], "results/photo-sheet.png would be written twice"),
+        (["photo.png", "photo-1.png", "--instruction", "a"], None),
+        (["photo.png", "--scale", "1,1.0"], "photo-scale1.png would be written twice"),
+    ],
+)
+def test_results_and_sheets_never_replace_each_other(photo: Path, arguments, words: str | None) -> None:
+    names = [a for a in arguments if a.endswith(".png")]
+    for name in names:
+        (photo.parent / name).write_bytes(photo.read_bytes())
+    scales = arguments[-1] if "--scale" in arguments else "1"
+    settled = {
+        "instructions": ["a"],
+        "variants": editing.variants(seed=0, count=1, scales=scales, steps=None),
+        "out": Path("results"),
+    }
+    pictures = [str(photo.parent / name) for name in names]
+    if words is None:
+        jobs = editing.plan(pictures, **settled)
+        written = [path for job in jobs for path in (*job.results, job.sheet)]
+        assert len(set(written)) == len(written) == 4
+        return
+    with pytest.raises(UserError, match=words):
+        editing.plan(pictures, **settled)
+
+
+@pytest.mark.parametrize("name", ["result.gif", "result.AVIF", "folder/result.jfif"])
+def test_a_result_in_a_format_that_is_only_read(refuse, trained: Path, photo: Path, name: str) -> None:
+    assert f"--out {name}: no picture is written as" in refuse("edit", trained, photo, "--out", name)
+    assert [p.name for p in photo.parent.iterdir()] == ["photo.png"]
 
 
 @pytest.mark.parametrize(
