@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from . import images
 from .errors import UserError, counted
+from .method import LARGEST_SEED
 from .run import Editor
 
 
@@ -41,6 +42,8 @@ class Job:
 
 def variants(*, seed: int, count: int, scales: str, steps: int | None) -> tuple[Variant, ...]:
     """All combinations of ``count`` seeds from ``seed`` on and the comma-separated ``scales``."""
+    if seed > LARGEST_SEED:
+        raise UserError(f"--seed {seed}: seeds lie between 0 and {LARGEST_SEED}")
     try:
         values = [float(text) for text in scales.split(",")]
     except ValueError as error:

@@ -229,6 +229,7 @@ def test_what_is_no_run(refuse, photo: Path, settings: list[str]) -> None:
         ([], "at least one picture"),
         (["missing.png"], "missing.png"),
         (["photo.png", "--scale", "strong"], "--scale 'strong'"),
+        (["photo.png", "--seed", "99999999999999999999999"], "--seed 99999999999999999999999: seeds lie"),
         (["photo.png", "--out", "photo.png"], "replace an input"),
         (["photo.png", "--count", "2", "--out", "one.png"], "2 results"),
         (["photo.png", "photo.png"], "photo.png"),
