@@ -204,7 +204,7 @@ class Editor:
         scale: float = 1.0,
         mask: Image | str | Path | None = None,
     ) -> Image:
-        """Edit one picture (RGB, or a path); the result has its size.
+        """Edit one picture (of any mode, or a path); the result has its size, upright.
 
         ``None`` stands for what the run recorded. ``mask`` is white where the picture may change; ``scale`` 0 is the base
         model and 1 what was trained.
@@ -214,13 +214,13 @@ class Editor:
                 suffice.
         """
         key = "" if isinstance(image, PIL.Image.Image) else Path(image).stem
-        source = image.convert("RGB") if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        source = images.take_image(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
         if mask is not None:
             if not self.method.takes_mask:
                 raise UserError(
                     f"mask: {type(self.method).__name__} may change the whole picture and takes no mask"
                 )
-            mask = mask.convert("L") if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
+            mask = images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
         prompt = self.default_instruction if instruction is None else instruction
         if prompt is None:
             raise UserError(NO_INSTRUCTION)

@@ -154,6 +154,13 @@ def test_an_editor_takes_paths_and_pictures_and_keeps_their_size(trained: Path, 
     assert result != editor.edit(picture(), instruction="make it negative", seed=3, guidance=1.0)
 
 
+def test_an_editor_takes_pictures_of_any_mode_as_it_takes_their_files(trained: Path, tmp_path: Path) -> None:
+    editor, clear = run.load(trained), Image.new("RGBA", (40, 30), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    result = editor.edit(clear)
+    assert result == editor.edit(tmp_path / "clear.png") == editor.edit(Image.new("RGB", (40, 30), "white"))
+
+
 def test_scale_0_is_the_base_model(plan, trained: Path) -> None:
     chosen = plan()
     base = recipe.method_class("influxedit").load(chosen.backbone, chosen.config)
