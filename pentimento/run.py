@@ -68,16 +68,13 @@ def train_run(
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
     out = Path(out)
-    if resume and init is not None:
-        raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
-    if init is not None and not Path(init).exists():
-        raise UserError(f"--init {init}: there is no such file or folder")
+    check_init(init, resume=resume)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
     rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
     with contextlib.ExitStack() as held:
         if state.is_main_process:
             held.enter_context(runfolder.locked(out))
-            runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
+            check_folder(out, recipe, resume=resume)
             if recipe.watch.wandb is not None:
                 tracking.check()
             with progress.bar("decoding pictures") as advance:
@@ -88,6 +85,19 @@ def train_run(
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
     return out
+
+
+def check_init(init: str | Path | None, *, resume: bool) -> None:
+    """Raises ``UserError`` for an adapter to start from that is not there, or where a run is continued."""
+    if resume and init is not None:
+        raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
+    if init is not None and not Path(init).exists():
+        raise UserError(f"--init {init}: there is no such file or folder")
+
+
+def check_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Raises ``UserError`` for a folder in which this recipe can neither begin nor, to ``resume``, go on."""
+    runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
 
 
 def _train(

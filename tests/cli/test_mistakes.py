@@ -196,6 +196,34 @@ def test_resume_of_nothing_or_with_other_settings(refuse, settings, trained: Pat
     assert "--init" in refuse("train", trained, "--resume", "--init", trained)
 
 
+def test_dry_run_finds_what_is_wrong_with_out_resume_and_init(
+    call, refuse, settings, trained: Path, tmp_path: Path
+) -> None:
+    dry = ("train", "influxedit-edit", *settings, "--dry-run")
+    Path("taken").write_text("a file")
+    assert "already holds a run" in refuse(*dry, "--out", trained)
+    assert "a file stands in its way" in refuse(*dry, "--out", "taken")
+    assert "a file stands in its way" in refuse(*dry, "--out", "taken/run")
+    assert "holds no run" in refuse(*dry, "--out", "new", "--resume")
+    assert "which run" in refuse(*dry, "--resume")
+    changed = (*dry, "stages.edit.lr=0.5", "--out", trained, "--resume")
+    assert "stages.edit.lr: 0.05 -> 0.5" in refuse(*changed)
+    assert "there is no such file" in refuse(*dry, "--init", "absent")
+    assert "cannot be given with --resume" in refuse(*dry, "--out", trained, "--resume", "--init", trained)
+    assert "of another shape" in refuse(*dry, "config.lora.rank=3", "--init", trained)
+    call(*dry, "--out", trained, "--resume")
+    call(*dry, "--out", "new", "--init", trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_processes_that_train_together_share_a_named_folder(
+    call, refuse, settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would choose a name of its own by the second at which it began."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--out FOLDER" in refuse("train", "influxedit-edit", *settings)
+
+
 def test_init_and_edit_with_adapters_that_do_not_fit(
     refuse, settings, trained: Path, photo: Path, tiny_fill: Path
 ) -> None:
