@@ -311,7 +311,11 @@ class Adapters:
         """A module trained whole in the file but not here may be passed over only if it equals the base's."""
         base = {key: value.data for key, value in self._modules[module].named_parameters()}
         found = {} if module in recorded else adapter_files.read_tensors(whole)
-        if found.keys() == base.keys() and all(torch.equal(found[k].to(v), v) for k, v in base.items()):
+        if found.keys() == base.keys() and all(
+            # Without weights it cannot be known.
+            value.is_meta or torch.equal(found[key].to(value), value)
+            for key, value in base.items()
+        ):
             return
         raise UserError(
             f"{whole}: {module} was trained too, but adapter {name!r} does not have it; add it to the modules trained whole "

@@ -113,7 +113,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue this run; steps may be raised.")] = False,
     init: Annotated[Path | None, typer.Option(help="Start from this adapter.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check recipe and data; load no weights.")
+        bool, typer.Option("--dry-run", help="Check recipe, data and folders; load no weights.")
     ] = False,
 ) -> None:
     """Train all stages of a recipe."""
@@ -122,11 +122,15 @@ def train(
     from .train import processes
 
     parsed = recipe_.load(recipe, overrides or ())
+    folder = out or runfolder.default_folder(recipe, resume=resume)
     if dry_run:
+        run.check_init(init, resume=resume)
+        run.check_folder(folder, parsed, resume=resume)
+        if init is not None:
+            preview.check_start(parsed, init)
         for line in preview.plan(parsed).lines():
             print(line)
         return
-    folder = out or runfolder.default_folder(recipe, resume=resume)
     try:
         run.train_run(parsed, folder, resume=resume, init=init)
     except KeyboardInterrupt as stopped:
@@ -174,6 +178,8 @@ def edit(
         out=out,
         mask=mask,
     )
+    if not instruction:
+        run.check_instruction(what, at)
     editor = run.load(what, at=at, overrides=overrides)
     for note in editor.notes:
         print(f"pentimento: note: {note}", file=sys.stderr)

@@ -176,7 +176,9 @@ def _make(
         "error": {key: round(value, 6) for key, value in error.items()},
         "measured_on": f"{min(len(watched), settings.measured)} {'held-out' if held else 'training'} pairs",
     }
-    record = run.record_of(dataclasses.replace(recipe, config=_plain_config(recipe.config, plain)), method)
+    prompt = run.trained_prompt(run.final_weights(folder), recipe.data.prompt)
+    plain_recipe = dataclasses.replace(recipe, config=_plain_config(recipe.config, plain))
+    record = run.record_of(plain_recipe, method, prompt)
     with export_.writing(file):
         method.adapters.save_one(file, PLAIN, {**record, "export": about}, called=name)
     return export_.Exported(file=file, lines=_report(file, method, plain, about))

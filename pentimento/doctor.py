@@ -19,8 +19,8 @@ LICENCES = (
     " derivatives. Accept it at https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev",
 )
 HUB_MODELS = ("black-forest-labs/FLUX.1-Fill-dev", "black-forest-labs/FLUX.1-dev")
-WORKING_EXTRAS = {"data", "bnb", "torchao", "gguf", "wandb", "ui"}
-"""Extras that commands use; those for the project's own development are not missed by anyone."""
+WORKING_EXTRAS = {"data", "bnb", "gguf", "wandb"}
+"""Extras that commands use; no other is missed by anyone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +151,13 @@ def _weights() -> Iterator[Finding]:
 
 
 def _pocket(name: str) -> Finding:
-    from .pocket.weights import folder
+    from .pocket.weights import cache_folder, folder
 
     try:
-        return Finding(topic="weights", name=name, value=str(folder(name)))
+        # pocket-dev is not asked for by its name, which would build it.
+        shipped = folder("pocket-fill")
+        made = f"made from pocket-fill at first use, in {cache_folder()}"
+        return Finding(topic="weights", name=name, value=made if name == "pocket-dev" else str(shipped))
     except UserError as error:
         return Finding(topic="weights", name=name, value=str(error), ok=False)
 

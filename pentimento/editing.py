@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from . import images
 from .errors import UserError, counted
+from .method import LARGEST_SEED
 from .run import Editor
 
 
@@ -32,7 +33,7 @@ class Job:
     source: Path
     mask: Path | None
     instructions: tuple[str, ...]
-    """Empty: the one that the run was trained with, if it had one for all pairs."""
+    """Empty: the one that all pairs of the training shared."""
     variants: tuple[Variant, ...]
     results: tuple[Path, ...]
     """One per instruction and variant, instructions outermost."""
@@ -41,6 +42,8 @@ class Job:
 
 def variants(*, seed: int, count: int, scales: str, steps: int | None) -> tuple[Variant, ...]:
     """All combinations of ``count`` seeds from ``seed`` on and the comma-separated ``scales``."""
+    if seed > LARGEST_SEED:
+        raise UserError(f"--seed {seed}: seeds lie between 0 and {LARGEST_SEED}")
     try:
         values = [float(text) for text in scales.split(",")]
     except ValueError as error:
@@ -72,13 +75,18 @@ def plan(
 
     Raises:
         UserError: no picture, one that cannot be read, instructions that do not match, a result that would replace an
-            input, a file for several results, or a folder that cannot be made.
+            input or another result, a file for several results, or a folder that cannot be made.
     """
     if not pictures:
         raise UserError("name at least one picture to edit")
     given = _per_picture(instructions, len(pictures))
     total = sum(max(1, len(texts)) for texts in given) * len(variants)
-    single = out.suffix.lower() in images.WRITABLE
+    suffix = out.suffix.lower()
+    single = suffix in images.WRITABLE
+    if suffix in images.READABLE and not single and not out.is_dir():
+        raise UserError(
+            f"--out {out}: no picture is written as {suffix}; known: {', '.join(images.WRITABLE)}"
+        )
     if single and total > 1:
         raise UserError(f"--out {out} is one file, but there are {total} results; name a folder")
     _check_folder(out.parent if single else out)
@@ -99,13 +107,14 @@ def plan(
             )
         )
     _spare_inputs(jobs, mask)
+    _keep_apart(jobs)
     return jobs
 
 
 def execute(jobs: Sequence[Job], editor: Editor) -> Iterator[Path]:
     """Make the results one by one; yields each path when it is written, the sheet of a picture after its results."""
     for job in jobs:
-        texts = job.instructions or (editor.default_instruction,)
+        texts: tuple[str | None, ...] = job.instructions or (editor.default_instruction,)
         picture = images.open_image(job.source)
         mask = images.open_mask(job.mask) if job.mask else None
         cells: list[tuple[str, Image]] = [("source", picture)]
@@ -190,6 +199,20 @@ def _spare_inputs(jobs: Sequence[Job], mask: Path | None) -> None:
         for path in (*job.results, job.sheet):
             if path.resolve() in inputs:
                 raise UserError(f"{path}: the result would replace an input; choose another --out")
+
+
+def _keep_apart(jobs: Sequence[Job]) -> None:
+    """No result or sheet may replace another, as where the sheets of earlier edits are edited beside their pictures."""
+    written: dict[Path, Path] = {}
+    for job in jobs:
+        for path in (*job.results, job.sheet):
+            if path in written:
+                pair = {str(written[path]): None, str(job.source): None}
+                raise UserError(
+                    f"{path} would be written twice, for {' and '.join(pair)}; rename a picture, leave out sheets of earlier"
+                    " results, or give strengths that differ"
+                )
+            written[path] = job.source
 
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")

@@ -60,6 +60,18 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     return to_rgb(_decode(Path(path)))
 
 
+def take_image(image: Image.Image, name: str = "the picture") -> Image.Image:
+    """A picture that Python has opened, in the form that ``open_image`` gives its file; ``UserError`` as there."""
+    with _explained(name):
+        return to_rgb(_upright(image, name))
+
+
+def take_mask(image: Image.Image, name: str = "the mask") -> Image.Image:
+    """The same for a mask, white where the picture may change, as ``open_mask`` gives its file."""
+    with _explained(name):
+        return _mask(_upright(image, name), name)
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """A picture that lies in memory, such as a cell of a parquet shard: upright, 8 bits, in its stored mode.
 
@@ -83,16 +95,21 @@ def open_mask(path: str | os.PathLike[str], *, white: Literal["change", "keep"] 
     for masks that would mean something else than intended: transparent pixels, and the values 0 and 1
     instead of 0 and 255, which are black to every reader.
     """
-    image = _decode(Path(path))
+    mask = _mask(_decode(Path(path)), path)
+    return ImageOps.invert(mask) if white == "keep" else mask
+
+
+def _mask(image: Image.Image, name: object) -> Image.Image:
+    """A picture of any 8-bit mode as L, unless that would mean something else than intended."""
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise UserError(
-            f"{path}: a mask with transparent pixels can be read in two ways; save it without transparency, "
+            f"{name}: a mask with transparent pixels can be read in two ways; save it without transparency, "
             "white where the picture may change and black elsewhere"
         )
     mask = image.convert("L")
     if mask.getextrema() == (0, 1):
-        raise UserError(f"{path}: the mask holds the values 0 and 1, both black; save it with 0 and 255")
-    return ImageOps.invert(mask) if white == "keep" else mask
+        raise UserError(f"{name}: the mask holds the values 0 and 1, both black; save it with 0 and 255")
+    return mask
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -123,29 +140,40 @@ def _decode(path: Path) -> Image.Image:
 def _decoded(opener: Opener, name: object) -> Image.Image:
     """The decoded picture in its own mode, upright, with 8 bits."""
     with _header(opener, name) as image:
-        frames = getattr(image, "n_frames", 1)  # only some of Pillow's classes have it
-        # An MPO is a phone's JPEG; its further frames are previews or depth, the first is the picture.
-        if frames > 1 and image.format != "MPO":
-            raise UserError(f"{name}: holds {frames} frames or pages; save the wanted one as a PNG")
-        image.load()
-        return _eight_bits(ImageOps.exif_transpose(image), name)
+        return _upright(image, name)
+
+
+def _upright(image: Image.Image, name: object) -> Image.Image:
+    frames = getattr(image, "n_frames", 1)  # only some of Pillow's classes have it
+    # An MPO is a phone's JPEG; its further frames are previews or depth, the first is the picture.
+    if frames > 1 and image.format != "MPO":
+        raise UserError(f"{name}: holds {frames} frames or pages; save the wanted one as a PNG")
+    image.load()
+    return _eight_bits(ImageOps.exif_transpose(image), name)
 
 
 @contextmanager
 def _header(opener: Opener, name: object) -> Iterator[Image.Image]:
     """The picture with its header checked, not decoded; what Pillow raises inside becomes ``UserError``."""
-    try:
-        with opener() as file:
+    with _explained(name), opener() as file:
+        try:
             with catch_warnings():
                 simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is the stricter one
                 image = Image.open(file)
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{name}: {_by(image.size)} is over 100 megapixels; scale the picture down")
-            yield image
+        except UnidentifiedImageError as error:
+            raise UserError(f"{name}: {_what_it_is(opener)}") from error
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(f"{name}: {_by(image.size)} is over 100 megapixels; scale the picture down")
+        yield image
+
+
+@contextmanager
+def _explained(name: object) -> Iterator[None]:
+    """What Pillow raises inside becomes ``UserError``."""
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: the picture is over 100 megapixels; scale it down") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: {_what_it_is(opener)}") from error
     except PermissionError as error:
         raise UserError(f"{name}: the picture cannot be read ({error.strerror})") from error
     except BROKEN as error:

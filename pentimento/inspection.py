@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ DIALECTS = (
     ("transformer.", "diffusers"),
     ("unet.", "diffusers (not a transformer)"),
 )
+READ = ("diffusers", "without a prefix")
+"""Dialects that are loaded."""
+READ_KEY = "transformer.MODULE.lora_A.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +136,12 @@ def inspect_file(what: str | Path) -> Adapter:
     pairs, full = _pairs({key: shape for key, shape in shapes.items() if not _of_experts(key)}, problems)
     if not pairs and not experts:
         problems.append("it holds no LoRA factors")
-    ours = own_record(path, metadata)
+    ours, dialect = own_record(path, metadata), _dialect(shapes, [*pairs, *experts])
+    problems += _unread(shapes, dialect, full if pairs or experts else [])
+    problems += _mixed(ranks=pairs, alphas=scalars, numbers_of_experts=experts, ranks_of_experts=inner)
     return Adapter(
         path=path,
-        dialect=_dialect(shapes, [*pairs, *experts]),
+        dialect=dialect,
         method=str(ours.get("method", "")),
         base=_base(ours, metadata, shapes),
         ranks=dict(sorted(Counter(pairs.values()).items())),
@@ -192,6 +197,26 @@ def _pairs(shapes: Mapping[str, list[int]], problems: list[str]) -> tuple[dict[s
         else:
             ranks[module] = found["A"][0]
     return ranks, full
+
+
+def _unread(shapes: Mapping[str, list[int]], dialect: str, full: Sequence[str]) -> Iterator[str]:
+    """What loading refuses by the names of the tensors alone."""
+    factors = [key for key in shapes if FACTORS.match(key)]
+    if dialect not in READ and factors:
+        yield f"its keys are those of {dialect}, and only diffusers' are read, such as {READ_KEY}"
+    elif other := [key for key in factors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        yield f"a factor is called {other[0]}, and only names such as {READ_KEY} are read"
+    if full:
+        yield f"{full[0]} is no LoRA factor; a module trained whole lies in a file of its own"
+
+
+def _mixed(**values: Mapping[str, float]) -> Iterator[str]:
+    """What loading refuses because one adapter here has one value in all layers."""
+    for what, of_layers in values.items():
+        found = sorted(set(of_layers.values()))
+        if len(found) > 1:
+            listed = ", ".join(f"{value:g}" for value in found)
+            yield f"its layers have several {what.replace('_', ' ')} ({listed}), which is not supported"
 
 
 def experts_of(keys: Iterable[str]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL.Image import Image
 from torch import Tensor
 
+from .errors import UserError
 from .images import resize, to_rgb
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Example:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+LARGEST_SEED = 2**62 - 1
+"""Below what torch's generators take, so that seeds can count up from it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditSettings:
     """How one edit is sampled; ``None`` stands for the value that the adapter was trained with or recommends."""
@@ -42,6 +47,11 @@ class EditSettings:
     guidance: float | None = None
     scale: float = 1.0
     """Strength of the adapter: 0 is the base model, 1 what was trained."""
+
+    def __post_init__(self) -> None:
+        # Twice: seeds that count up from the largest one are meant too.
+        if not 0 <= self.seed <= 2 * LARGEST_SEED:
+            raise UserError(f"seed must lie between 0 and {LARGEST_SEED}, but it is {self.seed}")
 
 
 class Method(ABC):

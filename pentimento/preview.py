@@ -95,6 +95,17 @@ def outline(recipe: Recipe) -> Method | None:
     return method_class(recipe.method).outline(recipe.backbone, recipe.config)
 
 
+def check_start(recipe: Recipe, init: Path) -> None:
+    """Check that an adapter fits a recipe, as far as that can be known without weights.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    method = outline(recipe)
+    if method is not None:
+        method.adapters.load(init)
+
+
 def trainable(method: Method, recipe: Recipe) -> dict[str, int]:
     """Trainable parameters of each stage.
 

@@ -15,7 +15,7 @@ from . import recipes, schema
 from .data import DataConfig
 from .errors import UserError
 from .flux.config import FluxConfig
-from .method import Method
+from .method import LARGEST_SEED, Method
 from .schema import Keys, Origin
 from .train import Stage
 
@@ -26,6 +26,8 @@ METHODS = {
 """Names of methods and where their classes are; a recipe may also give such a dotted path itself."""
 STAGE_NAME = re.compile(r"\w[\w-]*")
 """What a stage may be called: its checkpoints are folders of that name, and overrides part their keys at dots."""
+POLYNOMIAL_END = 1e-7
+"""Learning rate at which diffusers' polynomial schedule ends, whatever it begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,12 @@ def method_class(name: str, where: str = "method") -> type[Method]:
     module, _, attribute = METHODS.get(name, name).partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (
+        ImportError,
+        AttributeError,
+        ValueError,
+        TypeError,
+    ) as error:  # the last two: no module, a relative one
         raise UserError(f"{where}: method {name!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"{where}: {name!r} is not a Method class")
@@ -234,8 +241,11 @@ def _check(recipe: Recipe, origin: Origin) -> None:
         raise UserError(
             f"{origin.at(('stages',))}: stages is empty; name at least one, with `train` and `steps`"
         )
-    if recipe.seed < 0:
-        raise UserError(f"{origin.at(('seed',))}: seed must not be negative, but it is {recipe.seed}")
+    if not 0 <= recipe.seed <= LARGEST_SEED:
+        raise UserError(
+            f"{origin.at(('seed',))}: seed must lie between 0 and {LARGEST_SEED}, but it is {recipe.seed}"
+        )
+    _check_schedules(recipe, origin)
     known = method_class(recipe.method).names(recipe.config)
     for name, stage in recipe.stages.items():
         if not STAGE_NAME.fullmatch(name):
@@ -249,6 +259,17 @@ def _check(recipe: Recipe, origin: Origin) -> None:
             raise UserError(
                 f"{origin.at(key)}: {'.'.join(key)} names {unknown[0]!r}, but {recipe.method} has no such adapter; "
                 f"it has {', '.join(known)}"
+            )
+
+
+def _check_schedules(recipe: Recipe, origin: Origin) -> None:
+    for name, stage in recipe.stages.items():
+        # No rate: the optimizer's own, which is larger.
+        if stage.schedule == "polynomial" and stage.lr is not None and stage.lr <= POLYNOMIAL_END:
+            key = ("stages", name, "lr")
+            raise UserError(
+                f"{origin.at(key)}: {'.'.join(key)} must be above {POLYNOMIAL_END:g}, where the schedule polynomial ends,"
+                f" but it is {stage.lr:g}"
             )
 
 

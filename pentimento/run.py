@@ -47,6 +47,10 @@ PRECISIONS: Mapping[torch.dtype, train.Precision] = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
 }  # fmt: skip
 HIGHEST_PSNR = 100.0
+NO_INSTRUCTION = (
+    "say what to change with --instruction: the training pairs had no prompt in common that could stand for it"
+    ' (--instruction "" asks for nothing in particular)'
+)
 
 
 def train_run(
@@ -64,17 +68,14 @@ def train_run(
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
     out = Path(out)
-    if resume and init is not None:
-        raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
-    if init is not None and not Path(init).exists():
-        raise UserError(f"--init {init}: there is no such file or folder")
+    check_init(init, resume=resume)
     train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
     rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
     with contextlib.ExitStack() as held:
         if state.is_main_process:
             held.enter_context(runfolder.locked(out))
-            runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
+            check_folder(out, recipe, resume=resume)
             if recipe.watch.wandb is not None:
                 tracking.check()
             with progress.bar("decoding pictures") as advance:
@@ -85,6 +86,19 @@ def train_run(
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
     return out
+
+
+def check_init(init: str | Path | None, *, resume: bool) -> None:
+    """Raises ``UserError`` for an adapter to start from that is not there, or where a run is continued."""
+    if resume and init is not None:
+        raise UserError("--init starts a new run from an adapter; it cannot be given with --resume")
+    if init is not None and not Path(init).exists():
+        raise UserError(f"--init {init}: there is no such file or folder")
+
+
+def check_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Raises ``UserError`` for a folder in which this recipe can neither begin nor, to ``resume``, go on."""
+    runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
 
 
 def _train(
@@ -99,7 +113,7 @@ def _train(
     cache: dict[str, Any] = {"cache": recipe.data.cache, "folder": out / CACHE}
     samples = Samples(rows, method, caption_dropout=dropout, workers=workers, **cache)
     watched = Samples(held_out, method, **cache) if held_out and _watches(recipe) else None
-    record = record_of(recipe, method)
+    record = record_of(recipe, method, shared_prompt(rows))
     main = train.processes().is_main_process
     if main:
         inputs = {"data": data.inventory(rows), "base": method.base()}
@@ -171,14 +185,24 @@ def measure(example: Example, result: Image) -> dict[str, float]:
     }
 
 
-def record_of(recipe: Recipe, method: Method) -> dict[str, Any]:
-    """What every adapter file of a run says of itself, JSON-able; no time, host or path."""
+def shared_prompt(rows: Sequence[data.Pair]) -> str | None:
+    """The one prompt that all pairs have; ``None`` where they have several."""
+    prompts = {prompt for row in rows for prompt in row.prompts}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def record_of(recipe: Recipe, method: Method, prompt: str | None) -> dict[str, Any]:
+    """What every adapter file of a run says of itself, JSON-able; no time, host or path.
+
+    ``prompt`` is the one that all training pairs shared.
+    """
     return {
         "version": __version__,
         "method": recipe.method,
         "backbone": method.base(),
         "config": schema.plain(recipe.config),
         "settings": method.metadata(),
+        "prompt": prompt,
     }
 
 
@@ -187,8 +211,8 @@ class Editor:
     """A trained edit, ready for pictures."""
 
     method: Method
-    default_instruction: str = ""
-    """What is asked for where no instruction is given: the one that all training pairs shared, if they did."""
+    default_instruction: str | None = None
+    """What is asked for where no instruction is given: the one that all training pairs shared. None: they shared none."""
     notes: tuple[str, ...] = ()
     """What a person should know, such as another base model than the trained one."""
 
@@ -203,23 +227,26 @@ class Editor:
         scale: float = 1.0,
         mask: Image | str | Path | None = None,
     ) -> Image:
-        """Edit one picture (RGB, or a path); the result has its size.
+        """Edit one picture (of any mode, or a path); the result has its size, upright.
 
         ``None`` stands for what the run recorded. ``mask`` is white where the picture may change; ``scale`` 0 is the base
         model and 1 what was trained.
 
         Raises:
-            UserError: a picture that cannot be read, or memory that does not suffice.
+            UserError: no instruction where there is no default, a picture that cannot be read, or memory that does not
+                suffice.
         """
         key = "" if isinstance(image, PIL.Image.Image) else Path(image).stem
-        source = image.convert("RGB") if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        source = images.take_image(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
         if mask is not None:
             if not self.method.takes_mask:
                 raise UserError(
                     f"mask: {type(self.method).__name__} may change the whole picture and takes no mask"
                 )
-            mask = mask.convert("L") if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
+            mask = images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
         prompt = self.default_instruction if instruction is None else instruction
+        if prompt is None:
+            raise UserError(NO_INSTRUCTION)
         settings = EditSettings(seed=seed, steps=steps, guidance=guidance, scale=scale)
         try:
             return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
@@ -250,21 +277,47 @@ def load(
         device is not None
     )
     changes += overrides
+    place = _place(path, at)
     if (path / runfolder.RECIPE).is_file():
-        place = checkpoint.at(path, at).folder if at is not None else final_weights(path)
         recipe = recipe_.load(path)
         notes = unfinished(path, recipe) if at is None else ()
         plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
-        editor = _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt or "")
+        editor = _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt)
         return replace(editor, notes=(*notes, *editor.notes))
+    return _editor(recorded_setup(place, changes), place, place, changes)
+
+
+def check_instruction(what: str | Path, at: int | None = None) -> None:
+    """Check, without loading any weights, that an edit may go without an instruction; arguments as for ``load``.
+
+    Raises:
+        UserError: it may not, or what ``load`` raises for what is no run and no adapter.
+    """
+    path = Path(what)
+    place = _place(path, at)
+    run_prompt = recipe_.load(path).data.prompt if (path / runfolder.RECIPE).is_file() else None
+    # Of files of others nothing is known, and `load` says first what else is missing.
+    if _record(place) and trained_prompt(place, run_prompt) is None:
+        raise UserError(f"{path}: {NO_INSTRUCTION}")
+
+
+def trained_prompt(place: Path, default: str | None = None) -> str | None:
+    """The prompt that all training pairs shared as the weights record it; the default for weights that do not say."""
+    prompt = _record(place).get("prompt", default)
+    return None if prompt is None else str(prompt)
+
+
+def _place(path: Path, at: int | None) -> Path:
+    """Where the weights lie: a folder of a run, or an adapter file."""
+    if (path / runfolder.RECIPE).is_file():
+        return checkpoint.at(path, at).folder if at is not None else final_weights(path)
     if at is not None:
         raise UserError(
             f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
         )
-    if not path.exists() and str(what) in shipped():
-        raise UserError(f"{what} is a recipe; train it first: pentimento train {what} data.root=FOLDER")
-    place = inspection.find(path)
-    return _editor(recorded_setup(place, changes), place, place, changes)
+    if not path.exists() and str(path) in shipped():
+        raise UserError(f"{path} is a recipe; train it first: pentimento train {path} data.root=FOLDER")
+    return inspection.find(path)
 
 
 def final_weights(run: Path) -> Path:
@@ -289,7 +342,7 @@ def unfinished(run: Path, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _editor(
-    plain: Mapping[str, Any], origin: Path, place: Path, overrides: Sequence[str], default: str = ""
+    plain: Mapping[str, Any], origin: Path, place: Path, overrides: Sequence[str], default: str | None = None
 ) -> Editor:
     record = _record(place)
     raw = dict(plain)
@@ -303,7 +356,8 @@ def _editor(
         # Where the layers were read off the file, it is the file that does not fit.
         raise UserError(str(error) if record else f"{place}: {error}") from error
     method.adapters.load(place)
-    return Editor(method=method, default_instruction=default, notes=tuple(_notes(record, method)))
+    prompt = trained_prompt(place, default)
+    return Editor(method=method, default_instruction=prompt, notes=tuple(_notes(record, method)))
 
 
 def _record(place: Path) -> dict[str, Any]:

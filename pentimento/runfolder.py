@@ -6,6 +6,7 @@ events, ``README.md``, and of W&B, where asked for, its own folder and the run's
 
 import datetime
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ MEANING = {
     "data.pictures": "what pictures or masks hold",
     "base.digest": "the weights of the base model",
 }
+IN_THE_WAY = "cannot be a run folder, because a file stands in its way; choose another --out"
 RAISABLE = "steps"
 """The one setting of a stage that a continued run may change, upwards."""
 
@@ -38,7 +40,7 @@ def default_folder(recipe: str, *, resume: bool) -> Path:
     """``runs/RECIPE-DATE`` for a new run; a run folder itself when it is to be continued.
 
     Raises:
-        UserError: ``--resume`` without saying which run.
+        UserError: ``--resume`` without saying which run, or several processes, of which each would choose another name.
     """
     path = Path(recipe)
     if resume:
@@ -46,6 +48,10 @@ def default_folder(recipe: str, *, resume: bool) -> Path:
             return path
         raise UserError(
             "--resume: say which run to continue: pentimento train RUN --resume, or with --out RUN"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "several processes train together: name the run folder that they share with --out FOLDER"
         )
     name = path.resolve().name.removesuffix(".yaml").removesuffix(".yml")
     return Path("runs") / f"{name}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
@@ -61,9 +67,7 @@ def locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"{out} cannot be a run folder, because a file stands in its way; choose another --out"
-        ) from error
+        raise UserError(f"{out} {IN_THE_WAY}") from error
     lock = FileLock(out / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -82,11 +86,16 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def check_new(out: Path) -> None:
-    """Check that a new run can begin in a folder.
+    """Check that a new run can begin in a folder, which need not be there yet.
 
     Raises:
-        UserError: the folder holds a run, or anything else.
+        UserError: the folder holds a run, or anything else, or a file stands in its way.
     """
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{out} {IN_THE_WAY}")
+    if nearest != out:
+        return
     held = sorted(p.name for p in out.iterdir() if p.name != LOCK)
     if RECIPE in held:
         raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")

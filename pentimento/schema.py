@@ -26,7 +26,19 @@ Keys = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, ``2e-3`` is a number, and ``off``, ``no`` and ``2026-01-01`` are text."""
+    """YAML in which a key stands once, ``2e-3`` is a number, and ``off``, ``no`` and ``2026-01-01`` are text.
+
+    Nothing holds itself, and nesting ends somewhere.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        try:
+            node = super().get_single_node()
+        except RecursionError as error:
+            raise yaml.YAMLError("it is nested too deeply") from error
+        if node is not None:
+            _refuse_loops(node, ())
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -58,6 +70,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+
+
+def _refuse_loops(node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
+    """An alias inside of what it stands for (``&s {edit: *s}``) would never end."""
+    if any(node is one for one in above):
+        raise yaml.MarkedYAMLError(problem="an alias stands inside of itself", problem_mark=node.start_mark)
+    if isinstance(node, yaml.CollectionNode):
+        for inner in node.value:
+            for member in inner if isinstance(inner, tuple) else (inner,):
+                _refuse_loops(member, (*above, node))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +274,11 @@ def _check(kind: Any, value: Any, origin: Origin, path: Keys) -> None:
         origin_type, args = get_origin(member), get_args(member)
         if origin_type is dict and isinstance(value, Mapping):
             for key, inner in value.items():
+                if args[0] is str and not isinstance(key, str):
+                    raise UserError(
+                        f"{origin.at((*path, str(key)))}: {'.'.join(path)} has the key {key!r}, which should be text;"
+                        f" write it in quotes: '{key}'"
+                    )
                 _check(args[1], inner, origin, (*path, str(key)))
         elif origin_type in (tuple, list) and isinstance(value, (list, tuple)) and args:
             for number, inner in enumerate(value):

@@ -123,6 +123,43 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.array_equal(pixels(images.open_mask(tmp_path / "a.png")).ravel(), np.arange(256))
 
 
+@pytest.mark.parametrize("kind", ["transparent", "palette", "turned", "sixteen bits", "one bit", "CMYK"])
+def test_a_picture_from_python_becomes_what_its_file_becomes(tmp_path, kind):
+    path = tmp_path / ("a.tif" if kind == "CMYK" else "a.png")
+    if kind == "turned":
+        with_orientation(picture(), path, 6)
+    else:
+        {
+            "transparent": Image.new("RGBA", (3, 3), (255, 0, 0, 0)),
+            "palette": picture().quantize(5),
+            "sixteen bits": Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16)),
+            "one bit": Image.fromarray(np.eye(4, dtype=bool)),
+            "CMYK": picture().convert("CMYK"),
+        }[kind].save(path)
+    with Image.open(path) as opened:
+        assert images.take_image(opened) == images.open_image(path)
+    if kind == "transparent":
+        assert images.open_image(path).getpixel((1, 1)) == (255, 255, 255)
+        with Image.open(path) as opened, pytest.raises(UserError, match="the mask: .* transparent pixels"):
+            images.take_mask(opened)
+    else:
+        with Image.open(path) as opened:
+            assert images.take_mask(opened) == images.open_mask(path)
+
+
+def test_pictures_from_python_that_cannot_be_used(tmp_path):
+    path = tmp_path / "a.png"
+    picture(60, 40).save(path)
+    path.write_bytes(path.read_bytes()[:-60])
+    with Image.open(path) as opened, pytest.raises(UserError, match="the picture: the picture is damaged"):
+        images.take_image(opened)
+    with pytest.raises(UserError, match="floating-point"):
+        images.take_image(Image.new("F", (3, 3)))
+    picture().save(tmp_path / "a.gif", save_all=True, append_images=[picture(seed=1)])
+    with Image.open(tmp_path / "a.gif") as opened, pytest.raises(UserError, match="2 frames"):
+        images.take_image(opened)
+
+
 def test_sixteen_bit_colour(tmp_path):
     row = np.array([[0, 0, 0], [65535, 32896, 257], [65535, 65535, 65535]], dtype=">u2")
     header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)

@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from pentimento import recipe, schema
 from pentimento.adapters import ExpertLoRA, LoRA
 from pentimento.errors import UserError
 from pentimento.flux.config import FluxConfig
+from pentimento.method import LARGEST_SEED, EditSettings
 from pentimento.methods.influxedit import LARGEST_NATIVE
 from pentimento.recipe import Recipe
 from pentimento.recipes import shipped
@@ -189,6 +191,12 @@ def test_an_unknown_key_names_the_nearest_one_and_its_meaning(plain: Path) -> No
         ("watch.wandb=''", ["wandb", "1 to 128 characters"]),
         ("backbone.offload=cpu", ["none, model", "'cpu'"]),
         ("seed=-1", ["seed", "-1"]),
+        ("seed=99999999999999999999999", ["seed must lie between 0 and", "99999999999999999999999"]),
+        ("method=:X", ["':X' cannot be imported"]),
+        ("method=.x:Y", ["'.x:Y' cannot be imported"]),
+        ("stages=&s {edit: *s}", ["override value", "alias stands inside of itself"]),
+        pytest.param("stages=" + "[" * 5000, ["override value", "nested too deeply"], id="nested"),
+        ("stages={1: {train: [edit], steps: 1}}", ["stages has the key 1", "in quotes: '1'"]),
         ("method=influxedti", ["influxedti", "Did you mean influxedit?"]),
         ("method=no.such:Thing", ["no.such:Thing", "cannot be imported"]),
         ("method=pathlib:Path", ["not a Method"]),
@@ -201,6 +209,19 @@ def test_a_wrong_override_says_why(plain: Path, override: str, words: list[str])
     said = mistake(plain, override)
     for word in words:
         assert word in said
+
+
+def test_a_polynomial_schedule_begins_above_its_end(plain: Path) -> None:
+    said = mistake(plain, "stages.edit.schedule=polynomial", "stages.edit.lr=1e-8")
+    assert "override stages.edit.lr=1e-8: stages.edit.lr must be above 1e-07" in said
+    assert recipe.load(plain, ["stages.edit.lr=1e-8"]).stages["edit"].lr == 1e-8
+
+
+def test_the_largest_seed_can_be_counted_up_from(plain: Path) -> None:
+    largest = recipe.load(plain, [f"seed={LARGEST_SEED}"]).seed
+    torch.Generator().manual_seed(EditSettings(seed=largest + 1000).seed)
+    with pytest.raises(UserError, match="seed must lie between"):
+        EditSettings(seed=10**23)
 
 
 def test_the_line_of_a_mistake_in_a_file_is_named(tmp_path: Path) -> None:
@@ -223,6 +244,11 @@ def test_the_line_of_a_mistake_in_a_file_is_named(tmp_path: Path) -> None:
         (PLAIN.replace("method: influxedit\n", ""), ["method is missing"]),
         (PLAIN.replace("    steps: 10\n", ""), ["stages.edit.steps is missing"]),
         (PLAIN.split("stages")[0], ["stages is missing"]),
+        ("stages: &s {edit: *s}\n", ["mine.yaml, line 1", "alias stands inside of itself"]),
+        pytest.param(
+            "a: " + "{a: " * 5000, ["mine.yaml: not valid YAML: it is nested too deeply"], id="nested"
+        ),
+        (PLAIN.replace("  edit:\n", "  1:\n"), ["mine.yaml, line 5: stages has the key 1", "in quotes: '1'"]),
     ],
 )
 def test_a_broken_file_says_where(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -18,6 +18,8 @@ PAIRS, STEPS, CASES = 48, 700, 16
 QUICK = ("optimizer=adamw", "lr=0.002", "schedule=cosine", "warmup=20", "batch_size=4", "accumulate=1")
 """Instead of the recipe's Prodigy, which takes its time to find a step size."""
 BAR = 0.8
+MARKER = ".pentimento-demo"
+"""File by which the demo knows a folder of its own."""
 
 
 def main(out: Path = Path("demo")) -> int:
@@ -31,8 +33,7 @@ def main(out: Path = Path("demo")) -> int:
     from .tasks import cases
 
     console, began = Console(), time.monotonic()
-    if out.exists():
-        shutil.rmtree(out)
+    _clear(out)
     console.print(f"Drawing {PAIRS} pairs of the edit [b]{TASK}[/b] ...")
     dataset.write(TASK, PAIRS + 4, out=out / "pairs")
     settings = recipe.load(
@@ -69,6 +70,22 @@ def main(out: Path = Path("demo")) -> int:
     )
     console.print(str(path), soft_wrap=True)
     return 0 if result.rate >= BAR else 1
+
+
+def _clear(out: Path) -> None:
+    """Make the folder anew; one that no demo has made is nobody's to delete.
+
+    Raises:
+        UserError: a folder or file of that name that is not a demo's.
+    """
+    if out.exists() or out.is_symlink():
+        if not (out / MARKER).is_file() or out.is_symlink():
+            raise UserError(
+                f"{out.absolute()}: is there already, and not from a demo; move it away or rename it"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARKER).write_text("Made by the demo, which deletes this folder when it runs again.\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from pentimento import __version__, cli, recipe
+from pentimento.adapters import Adapters, spec_of
+from pentimento.errors import UserError
 from pentimento.recipes import shipped
 
 
@@ -239,11 +241,54 @@ def test_inspect_reads_files_of_others(call: Callable[..., Result], tmp_path: Pa
         }
         tensors[f"{name}.alpha"] = torch.tensor(4.0)
     save_file(tensors, tmp_path / "kohya.safetensors", metadata={"ss_base_model_version": "flux1"})
-    printed = call("inspect", "kohya.safetensors").stdout
-    for words in ("kohya", "flux1", "yes, every tensor is finite", "not said; name one with method="):
+    printed = call("inspect", "kohya.safetensors", code=1).stdout
+    refused = "no: its keys are those of kohya (sd-scripts), and only diffusers' are read"
+    for words in ("kohya", "flux1", refused, "not said; name one with method="):
         assert words in printed
     assert printed.split("rank ")[1].split()[0] == "8"
     assert printed.split("alpha ")[1].split()[0] == "4"
+
+
+def factors(module: str, rank: int = 2, down: str = "lora_A", up: str = "lora_B") -> dict[str, torch.Tensor]:
+    return {f"{module}.{down}.weight": torch.ones(rank, 4), f"{module}.{up}.weight": torch.ones(4, rank)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (factors("transformer.a"), None),
+        (factors("a") | {"a.alpha": torch.tensor(2.0)}, None),
+        (factors("lora_unet_a", down="lora_down", up="lora_up"), "kohya"),
+        (factors("base_model.model.a"), "peft"),
+        (factors("diffusion_model.a"), "ComfyUI"),
+        (
+            factors("transformer.a", down="lora.down", up="lora.up"),
+            "a factor is called transformer.a.lora.down.weight",
+        ),
+        (factors("transformer.a", down="lora_A.edit", up="lora_B.edit"), "a factor is called"),
+        (factors("transformer.a") | factors("transformer.b", 3), "several ranks (2, 3)"),
+        (
+            factors("a") | factors("b") | {"a.alpha": torch.tensor(2.0), "b.alpha": torch.tensor(4.0)},
+            "several alphas (2, 4)",
+        ),
+        (factors("a") | {"b.weight": torch.ones(3)}, "b.weight is no LoRA factor"),
+    ],
+)
+def test_inspect_says_that_a_file_loads_only_where_loading_takes_it(
+    call: Callable[..., Result], tmp_path: Path, tensors: dict, words: str | None
+) -> None:
+    save_file(tensors, "some.safetensors")
+    host = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "ab"})
+    own = Adapters(host)
+    try:
+        own.add("edit", spec_of(tmp_path / "some.safetensors"))
+        own.load(tmp_path / "some.safetensors")
+        refused = False
+    except UserError:
+        refused = True
+    assert refused == (words is not None)
+    printed = call("inspect", "some.safetensors", code=1 if refused else 0).stdout
+    assert (words or "yes, every tensor is finite") in printed
 
 
 @pytest.mark.parametrize(
@@ -284,6 +329,16 @@ def test_doctor_says_what_there_is_and_never_a_token(
     assert "hf_secret" not in printed
 
 
+def test_doctor_builds_no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from pentimento import doctor
+
+    monkeypatch.setenv("PENTIMENTO_CACHE", str(tmp_path / "cache"))
+    found = {f.name: f for f in doctor.examine() if f.topic == "weights"}
+    assert found["pocket-fill"].ok and found["pocket-dev"].ok
+    assert str(tmp_path / "cache") in found["pocket-dev"].value
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_doctor_lists_every_extra_that_commands_use(monkeypatch: pytest.MonkeyPatch) -> None:
     from pentimento import doctor
 
@@ -293,7 +348,7 @@ def test_doctor_lists_every_extra_that_commands_use(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "_requirements", lambda: lines)
     monkeypatch.setattr(doctor, "installed", lambda name: None)
     found = {f.name: f.value for f in doctor.examine() if f.topic == "extras"}
-    assert found.keys() == extras.keys() - {"test", "dev"} == doctor.WORKING_EXTRAS
+    assert found.keys() == doctor.WORKING_EXTRAS == {"data", "bnb", "gguf", "wandb"} <= extras.keys()
     assert found["gguf"] == "not installed; pip install 'pentimento[gguf]'"
 
 

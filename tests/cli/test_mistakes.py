@@ -11,10 +11,12 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from pentimento import recipe
+from pentimento import editing, recipe
+from pentimento.errors import UserError
 
 
 def test_every_command_answers_a_wrong_name(refuse, photo: Path, settings: list[str]) -> None:
@@ -194,6 +196,34 @@ def test_resume_of_nothing_or_with_other_settings(refuse, settings, trained: Pat
     assert "--init" in refuse("train", trained, "--resume", "--init", trained)
 
 
+def test_dry_run_finds_what_is_wrong_with_out_resume_and_init(
+    call, refuse, settings, trained: Path, tmp_path: Path
+) -> None:
+    dry = ("train", "influxedit-edit", *settings, "--dry-run")
+    Path("taken").write_text("a file")
+    assert "already holds a run" in refuse(*dry, "--out", trained)
+    assert "a file stands in its way" in refuse(*dry, "--out", "taken")
+    assert "a file stands in its way" in refuse(*dry, "--out", "taken/run")
+    assert "holds no run" in refuse(*dry, "--out", "new", "--resume")
+    assert "which run" in refuse(*dry, "--resume")
+    changed = (*dry, "stages.edit.lr=0.5", "--out", trained, "--resume")
+    assert "stages.edit.lr: 0.05 -> 0.5" in refuse(*changed)
+    assert "there is no such file" in refuse(*dry, "--init", "absent")
+    assert "cannot be given with --resume" in refuse(*dry, "--out", trained, "--resume", "--init", trained)
+    assert "of another shape" in refuse(*dry, "config.lora.rank=3", "--init", trained)
+    call(*dry, "--out", trained, "--resume")
+    call(*dry, "--out", "new", "--init", trained)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_processes_that_train_together_share_a_named_folder(
+    call, refuse, settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would choose a name of its own by the second at which it began."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--out FOLDER" in refuse("train", "influxedit-edit", *settings)
+
+
 def test_init_and_edit_with_adapters_that_do_not_fit(
     refuse, settings, trained: Path, photo: Path, tiny_fill: Path
 ) -> None:
@@ -227,6 +257,7 @@ def test_what_is_no_run(refuse, photo: Path, settings: list[str]) -> None:
         ([], "at least one picture"),
         (["missing.png"], "missing.png"),
         (["photo.png", "--scale", "strong"], "--scale 'strong'"),
+        (["photo.png", "--seed", "99999999999999999999999"], "--seed 99999999999999999999999: seeds lie"),
         (["photo.png", "--out", "photo.png"], "replace an input"),
         (["photo.png", "--count", "2", "--out", "one.png"], "2 results"),
         (["photo.png", "photo.png"], "photo.png"),
@@ -251,6 +282,56 @@ def test_a_wrong_edit(refuse, trained: Path, photo: Path, arguments: list[str], 
     Path("fake.png").write_text("GIF89a, or so")
     Path("zero.png").write_bytes(b"")
     assert words in refuse("edit", trained, *arguments)
+
+
+def test_an_edit_without_an_instruction_after_training_on_several(
+    refuse, trained: Path, photo: Path, tmp_path: Path
+) -> None:
+    """Before any weights are loaded; those of the run are not even there."""
+    several = shutil.copytree(trained, tmp_path / "several")
+    file = several / "weights" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    record = json.loads(metadata["pentimento"]) | {"prompt": None}
+    save_file(load_file(file), file, metadata | {"pentimento": json.dumps(record)})
+    for what in (several, file):
+        said = refuse("edit", what, photo, "backbone.weights=absent")
+        assert "--instruction" in said and "no prompt in common" in said
+    assert "absent" in refuse("edit", several, photo, "backbone.weights=absent", "--instruction", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["photo.png", "photo-sheet.png"], "results/photo-sheet.png would be written twice"),
+        (["photo.png", "photo-1.png", "--instruction", "a"], None),
+        (["photo.png", "--scale", "1,1.0"], "photo-scale1.png would be written twice"),
+    ],
+)
+def test_results_and_sheets_never_replace_each_other(photo: Path, arguments, words: str | None) -> None:
+    names = [a for a in arguments if a.endswith(".png")]
+    for name in names:
+        (photo.parent / name).write_bytes(photo.read_bytes())
+    scales = arguments[-1] if "--scale" in arguments else "1"
+    settled = {
+        "instructions": ["a"],
+        "variants": editing.variants(seed=0, count=1, scales=scales, steps=None),
+        "out": Path("results"),
+    }
+    pictures = [str(photo.parent / name) for name in names]
+    if words is None:
+        jobs = editing.plan(pictures, **settled)
+        written = [path for job in jobs for path in (*job.results, job.sheet)]
+        assert len(set(written)) == len(written) == 4
+        return
+    with pytest.raises(UserError, match=words):
+        editing.plan(pictures, **settled)
+
+
+@pytest.mark.parametrize("name", ["result.gif", "result.AVIF", "folder/result.jfif"])
+def test_a_result_in_a_format_that_is_only_read(refuse, trained: Path, photo: Path, name: str) -> None:
+    assert f"--out {name}: no picture is written as" in refuse("edit", trained, photo, "--out", name)
+    assert [p.name for p in photo.parent.iterdir()] == ["photo.png"]
 
 
 @pytest.mark.parametrize(

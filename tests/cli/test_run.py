@@ -270,6 +270,13 @@ def test_an_editor_takes_paths_and_pictures_and_keeps_their_size(trained: Path, 
     assert result != editor.edit(picture(), instruction="make it negative", seed=3, guidance=1.0)
 
 
+def test_an_editor_takes_pictures_of_any_mode_as_it_takes_their_files(trained: Path, tmp_path: Path) -> None:
+    editor, clear = run.load(trained), Image.new("RGBA", (40, 30), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    result = editor.edit(clear)
+    assert result == editor.edit(tmp_path / "clear.png") == editor.edit(Image.new("RGB", (40, 30), "white"))
+
+
 def test_scale_0_is_the_base_model(plan, trained: Path) -> None:
     chosen = plan()
     base = recipe.method_class("influxedit").load(chosen.backbone, chosen.config)
@@ -285,6 +292,35 @@ def test_a_fixed_prompt_is_the_default_instruction(plan, tmp_path: Path, own_pai
     assert editor.default_instruction == "turn it round"
     assert editor.edit(picture()) == editor.edit(picture(), instruction="turn it round")
     assert editor.edit(picture()) != editor.edit(picture(), instruction="")
+
+
+def test_the_default_instruction_is_what_all_training_pairs_shared(
+    plan, trained: Path, tmp_path: Path, own_pairs: Path
+) -> None:
+    """Said by the run, by a saved step and by the file alone; runs with several prompts have none."""
+    where = [f"backbone.weights={plan().backbone.weights}", "backbone.device=cpu"]
+    assert run.load(trained).default_instruction == "make it negative"
+    assert run.load(trained, at=1).default_instruction == "make it negative"
+    assert run.load(trained / WEIGHTS, overrides=where).default_instruction == "make it negative"
+    (own_pairs / "prompts" / "2.txt").write_text("make it bright")
+    out = run.train_run(plan(f"data.root={own_pairs}", "data.held_out=0"), tmp_path / "run")
+    editor = run.load(out)
+    assert editor.default_instruction is None
+    with pytest.raises(UserError, match="--instruction"):
+        editor.edit(picture())
+    assert editor.edit(picture(), instruction="").size == (70, 40)
+    for what in (out, out / WEIGHTS):
+        with pytest.raises(UserError, match="no prompt in common"):
+            run.check_instruction(what)
+    run.check_instruction(trained)
+
+
+def test_a_prompt_for_pairs_without_one_is_no_default_beside_others(
+    plan, tmp_path: Path, own_pairs: Path
+) -> None:
+    (own_pairs / "prompts" / "2.txt").unlink()
+    mixed = plan(f"data.root={own_pairs}", "data.held_out=0", "data.prompt=turn it round")
+    assert run.load(run.train_run(mixed, tmp_path / "run")).default_instruction is None
 
 
 def test_the_geometry_of_training_is_applied_on_other_weights(

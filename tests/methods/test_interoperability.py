@@ -48,7 +48,6 @@ def run(text: str, folder: Path, model: Path, source: Image.Image, prompt: str =
         "SETTINGS": settings,
         "source": source,
     }
-    names |= {"torch": torch, "Image": Image}
     exec(text, names)  # noqa: S102
     return names["result"]
 
