@@ -76,6 +76,7 @@ def test_published_values_of_influxedit(name: str) -> None:
 def test_a_written_recipe_loads_back_equal(name: str, write, tmp_path: Path) -> None:
     changes = [
         "stages.edit.keep_steps=[3, 5]",
+        "data.kind=pairs",
         'data.prompt=no: #1 "ü"',
         "stages.edit.weight_decay=1e-7",
         "seed=7",
