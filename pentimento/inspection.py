@@ -201,7 +201,7 @@ def _pairs(shapes: Mapping[str, list[int]], problems: list[str]) -> tuple[dict[s
 
 def _unread(shapes: Mapping[str, list[int]], dialect: str, full: Sequence[str]) -> Iterator[str]:
     """What loading refuses by the names of the tensors alone."""
-    factors = [key for key in shapes if FACTORS.match(key)]
+    factors = [key for key in shapes if FACTORS.match(key) and not _of_experts(key)]
     if dialect not in READ and factors:
         yield f"its keys are those of {dialect}, and only diffusers' are read, such as {READ_KEY}"
     elif other := [key for key in factors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
