@@ -302,15 +302,15 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
 
 
-def panel(image: Image.Image, size: int) -> Image.Image:
-    """A picture of any mode as one RGB square of a training diptych, as ICEdit makes it.
+def panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture of any mode as one RGB half, ``size`` (width, height), of a diptych, as ICEdit makes it.
 
     Bicubic in the stored mode and only then RGB: Pillow scales palettes with nearest neighbours, and transparent
     pixels show the colour stored beneath them, not white. The aspect is not kept.
     """
-    square = image.resize((size, size), Image.Resampling.BICUBIC)
-    square.info.pop("transparency", None)  # without effect on the pixels, but Pillow warns about it
-    return square.convert("RGB")
+    half = image.resize(size, Image.Resampling.BICUBIC)
+    half.info.pop("transparency", None)  # without effect on the pixels, but Pillow warns about it
+    return half.convert("RGB")
 
 
 def resize_result(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -470,13 +470,13 @@ def test_a_panel_is_scaled_in_its_own_mode_and_then_rgb():
     palette.info["transparency"] = bytes([255, 0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        colours = images.panel(palette, 8).getcolors()
+        colours = images.panel(palette, (8, 8)).getcolors()
     assert sorted(colours) == [(32, (0, 200, 100)), (32, (200, 10, 20))]
     glass = Image.new("RGBA", (3, 3), (10, 20, 30, 128))
-    assert images.panel(glass, 3).getcolors() == [(9, (10, 20, 30))]
+    assert images.panel(glass, (3, 3)).getcolors() == [(9, (10, 20, 30))]
     assert images.to_rgb(glass).getcolors() == [(9, (132, 137, 142))]
     wide = picture(40, 20)
     assert np.array_equal(
-        pixels(images.panel(wide, 16)), pixels(wide.resize((16, 16), Image.Resampling.BICUBIC))
+        pixels(images.panel(wide, (16, 16))), pixels(wide.resize((16, 16), Image.Resampling.BICUBIC))
     )
-    assert images.panel(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), 2).getpixel((0, 0)) == (255, 0, 0)
+    assert images.panel(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), (2, 2)).getpixel((0, 0)) == (255, 0, 0)

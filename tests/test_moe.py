@@ -502,7 +502,7 @@ def test_a_plain_file_into_experts(tmp_path: Path):
         ({"gate": "softmax-topk"}, "with gate softmax-topk, adapter 'edit' has topk-softmax; set lora.gate=softmax-topk"),
         ({"expert_alpha": 6.0}, "with expert_alpha 6.0, adapter 'edit' has 3.0; set lora.expert_alpha=6.0"),
         ({"expert_rank": 2}, "was trained with expert_rank 2, adapter 'edit' has 3; set lora.expert_rank=2"),
-        ({"targets": TARGETS[:-1]}, "missing (single_transformer_blocks.1.proj_out.lora_A.expert_0.weight"),
+        ({"targets": TARGETS[:-1]}, "missing"),
     ],
 )  # fmt: skip
 def test_other_experts(tmp_path: Path, there, said):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 from torch import Tensor
 
 from .. import images
@@ -178,7 +178,7 @@ class ICEdit(Method):
             name = example.key or "a pair"
             raise UserError(f"{name}: icedit learns from pairs, but there is no {missing} picture")
         size = self.size(*source.size)
-        return panel(source, size), panel(target, size)
+        return images.panel(source, size), images.panel(target, size)
 
     def views(self, example: Example) -> dict[str, Image]:
         """What Fill is given of a pair: the diptych, what is shown of it, and the mask."""
@@ -257,7 +257,7 @@ class ICEdit(Method):
         if steps < 1:
             raise UserError(f"steps must be at least 1, but it is {steps}")
         flux = self.flux
-        picture = panel(source, self.edit_size(*source.size))
+        picture = images.panel(source, self.edit_size(*source.size))
         # Laid out as the stock pipelines do: then the convolutions sum in the same order, to the last bit.
         pixels = images.to_tensor([images.join(picture, picture)]).contiguous(
             memory_format=torch.channels_last
@@ -295,8 +295,3 @@ class ICEdit(Method):
             "The diptych is the picture beside itself; the pipeline fills its right half, which is cut out. "
             "The lines are in `docs/interoperability.md`, section icedit."
         )
-
-
-def panel(picture: Image, size: tuple[int, int]) -> Image:
-    """One half of a diptych: scaled with Pillow's bicubic filter, then made RGB, in the reference's order."""
-    return picture.resize(size, Resampling.BICUBIC).convert("RGB")

@@ -135,7 +135,7 @@ def check_case(root: Path, case: str, opened: Opened) -> None:
         row = rows[sample["idx"]]
         example = row.load()
         diptych = images.join(
-            *(images.panel(side, about["size"]) for side in (example.source, example.target))
+            *(images.panel(side, (about["size"], about["size"])) for side in (example.source, example.target))
         )
         assert [3, diptych.height, diptych.width] == sample["image_shape"]
         called = names(root, KINDS[name]["kind"])[sample["idx"]]
