@@ -22,12 +22,14 @@ from . import (
     metrics,
     progress,
     runfolder,
+    scaling,
     schema,
     train,
 )
 from . import recipe as recipe_
 from .cache import Samples
 from .errors import UserError
+from .judges import Judge
 from .method import EditSettings, Example, Method
 from .monitor import Monitor
 from .recipe import Recipe, Setup
@@ -199,6 +201,39 @@ class Editor:
             return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
+
+    def search(
+        self,
+        image: Image | str | Path,
+        *,
+        instruction: str | None = None,
+        search: scaling.Search,
+        judge: Judge | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        **options: Any,
+    ) -> scaling.Found:
+        """Edit with several seeds in few steps, let a judge choose, and make the winner in all steps (``scaling``).
+
+        Args:
+            judge: instead of the one that ``search`` names.
+            seed: of the first candidate; the others count up from it.
+            options: as in ``edit``.
+
+        Raises:
+            UserError: as in ``edit``; no judge, or one that cannot be reached; fewer than two candidates.
+        """
+        source = image.convert("RGB") if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        prompt = self.default_instruction if instruction is None else instruction
+        return scaling.search(
+            lambda number, count: self.edit(source, instruction=prompt, seed=number, steps=count, **options),
+            scaling.Question(source=source, instruction=prompt),
+            judge or search.open_judge(),
+            search,
+            seed=seed,
+            steps=steps,
+            final=self.method.metadata().get("steps") if steps is None else steps,
+        )
 
 
 def load(
