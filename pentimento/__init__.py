@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .recipe import load as load_recipe
     from .run import Editor, load, train_run
+    from .scaling import Search
 
 __version__ = "0.2.0"
-__all__ = ["Editor", "__version__", "load", "load_recipe", "train_run"]
+__all__ = ["Editor", "Search", "__version__", "load", "load_recipe", "train_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from . import run
 
         return {"Editor": run.Editor, "load": run.load, "train_run": run.train_run}[name]
+    if name == "Search":
+        from .scaling import Search
+
+        return Search
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -146,12 +146,14 @@ def train(
 def edit(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="A run folder or an adapter file.")],
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE|KEY=VALUE", help="Pictures to edit.")
+        list[str] | None, typer.Argument(metavar="IMAGE|KEY=VALUE", help="Pictures to edit, and settings.")
     ] = None,
     instruction: Annotated[
         list[str] | None,
         typer.Option(
-            "--instruction", "--prompt", help="What to change. Several: one per picture, or all for one."
+            "--instruction",
+            "--prompt",
+            help="What to change. Several: one per picture, or for one picture one after the other.",
         ),
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="White where the picture may change.")] = None,
@@ -167,23 +169,35 @@ def edit(
     """Edit pictures.
 
     Results have the size of their picture; a sheet shows picture and results side by side.
+
+    Settings: candidates=6 judge=http|local|exact tries that many seeds in a few steps (early_steps) and makes the
+    judge's choice in all steps; with --count each result has candidates of its own. paste_back=true keeps the picture's
+    own pixels where the edit changed nothing. backbone.KEY and config.KEY change what the run recorded.
     """
     from . import editing, run
 
-    pictures, overrides = editing.tell_apart(images or [])
+    pictures, settings = editing.tell_apart(images or [])
+    options, overrides = editing.options(settings)
+    several = options.candidates
     jobs = editing.plan(
         pictures,
         instructions=tuple(instruction or ()),
-        variants=editing.variants(seed=seed, count=count, scales=scale, steps=steps),
+        variants=editing.variants(seed=seed, count=count, scales=scale, steps=steps, candidates=several),
         out=out,
         mask=mask,
+        candidates=several,
     )
     if not instruction:
         run.check_instruction(what, at)
+    judge = options.open_judge() if several > 1 else None
     editor = run.load(what, at=at, overrides=overrides)
-    for note in editor.notes:
+
+    def say(note: str) -> None:
         print(f"pentimento: note: {note}", file=sys.stderr)
-    for path in editing.execute(jobs, editor):
+
+    for note in editor.notes:
+        say(note)
+    for path in editing.execute(jobs, editor, options, judge, say):
         print(path, flush=True)
 
 

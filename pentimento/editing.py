@@ -3,17 +3,30 @@
 Everything that can be wrong with the files is found before any weights are loaded.
 """
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
-from . import images
+from . import files, images, paste, schema
 from .errors import UserError, counted
+from .judges import Judge
 from .method import LARGEST_SEED
 from .run import Editor
+from .scaling import Search
+from .schema import Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Search):
+    """What an edit takes as ``key=value``, besides changes of the run's backbone and method."""
+
+    paste_back: bool = False
+    """Keep the source's own pixels wherever the edit did not change the picture, with a soft seam in between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +46,22 @@ class Job:
     source: Path
     mask: Path | None
     instructions: tuple[str, ...]
-    """Empty: the one that all pairs of the training shared."""
+    """Applied one after the other. Empty: the one that all pairs of the training shared."""
     variants: tuple[Variant, ...]
-    results: tuple[Path, ...]
-    """One per instruction and variant, instructions outermost."""
+    results: tuple[tuple[Path, ...], ...]
+    """Of each variant the picture after each instruction."""
+    every: bool
+    """Write the pictures after each instruction; else only the last of each variant."""
     sheet: Path
 
 
-def variants(*, seed: int, count: int, scales: str, steps: int | None) -> tuple[Variant, ...]:
-    """All combinations of ``count`` seeds from ``seed`` on and the comma-separated ``scales``."""
+def variants(
+    *, seed: int, count: int, scales: str, steps: int | None, candidates: int = 1
+) -> tuple[Variant, ...]:
+    """All combinations of ``count`` seeds from ``seed`` on and the comma-separated ``scales``.
+
+    Each seed is the first of as many as there are ``candidates``; no two searches share one.
+    """
     if seed > LARGEST_SEED:
         raise UserError(f"--seed {seed}: seeds lie between 0 and {LARGEST_SEED}")
     try:
@@ -54,7 +74,7 @@ def variants(*, seed: int, count: int, scales: str, steps: int | None) -> tuple[
         raise UserError(f"--scale {scales!r}: strengths lie between -100 and 100; 1 is what was trained")
     made = []
     for value in values:
-        for number in range(seed, seed + count):
+        for number in range(seed, seed + count * candidates, candidates):
             tags = [f"scale{value:g}"] * (len(values) > 1) + [f"seed{number}"] * (count > 1)
             made.append(Variant(seed=number, scale=value, steps=steps, tag="-".join(tags)))
     return tuple(made)
@@ -67,11 +87,12 @@ def plan(
     variants: Sequence[Variant],
     out: Path,
     mask: Path | None = None,
+    candidates: int = 1,
 ) -> list[Job]:
     """Open every picture and settle every name.
 
     One instruction is for all pictures; as many as there are pictures belong to them in order; several for one picture
-    give a result each.
+    are applied one after the other. Where ``out`` is a file, it is the last picture.
 
     Raises:
         UserError: no picture, one that cannot be read, instructions that do not match, a result that would replace an
@@ -80,7 +101,7 @@ def plan(
     if not pictures:
         raise UserError("name at least one picture to edit")
     given = _per_picture(instructions, len(pictures))
-    total = sum(max(1, len(texts)) for texts in given) * len(variants)
+    total = len(given) * len(variants)
     suffix = out.suffix.lower()
     single = suffix in images.WRITABLE
     if suffix in images.READABLE and not single and not out.is_dir():
@@ -95,7 +116,11 @@ def plan(
     for name, stem, texts in zip(pictures, stems, given, strict=True):
         source = Path(name)
         _check_pictures(source, mask)
-        results = (out,) if single else tuple(out / f"{n}.png" for n in _names(stem, texts, variants))
+        results = (
+            (_steps_to(out, len(texts)),)
+            if single
+            else tuple(tuple(out / f"{name}.png" for name in _names(stem, texts, v)) for v in variants)
+        )
         jobs.append(
             Job(
                 source=source,
@@ -103,42 +128,100 @@ def plan(
                 instructions=texts,
                 variants=tuple(variants),
                 results=results,
+                every=not single,
                 sheet=out.with_name(f"{out.stem}-sheet.png") if single else out / f"{stem}-sheet.png",
             )
         )
-    _spare_inputs(jobs, mask)
-    _keep_apart(jobs)
+    _check_outputs(jobs, mask, candidates)
     return jobs
 
 
-def execute(jobs: Sequence[Job], editor: Editor) -> Iterator[Path]:
-    """Make the results one by one; yields each path when it is written, the sheet of a picture after its results."""
+def execute(
+    jobs: Sequence[Job],
+    editor: Editor,
+    options: Options | None = None,
+    judge: Judge | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Path]:
+    """Make the results one by one; yields each path when it is written, the sheet of a picture after its results.
+
+    Args:
+        judge: of the search, where ``options`` ask for candidates.
+        say: is told what a person should know of a result.
+    """
     for job in jobs:
-        texts: tuple[str | None, ...] = job.instructions or (editor.default_instruction,)
-        picture = images.open_image(job.source)
+        texts = job.instructions or (editor.asked(None),)
+        source = images.open_image(job.source)
         mask = images.open_mask(job.mask) if job.mask else None
-        cells: list[tuple[str, Image]] = [("source", picture)]
-        paths = iter(job.results)
-        for text in texts:
-            for variant in job.variants:
-                result = editor.edit(
-                    picture,
-                    instruction=text,
-                    mask=mask,
-                    seed=variant.seed,
-                    scale=variant.scale,
-                    steps=variant.steps,
-                )
-                yield images.save_image(result, next(paths))
-                cells.append(
-                    (" ".join(t for t in (text, variant.tag.replace("-", " ")) if t) or "result", result)
-                )
-        yield images.save_image(_sheet(cells), job.sheet)
+        rows: list[list[Image]] = []
+        for variant, paths in zip(job.variants, job.results, strict=True):
+            work = _Work(
+                editor=editor, variant=variant, mask=mask, options=options or Options(), judge=judge, say=say
+            )
+            rows.append([])
+            for text, path in zip(texts, paths, strict=True):
+                result, written = work.make(rows[-1][-1] if rows[-1] else source, text, path)
+                yield from written
+                if job.every or path == paths[-1]:
+                    yield images.save_image(result, path)
+                rows[-1].append(result)
+        yield images.save_image(_sheet(job, source, texts, rows), job.sheet)
 
 
-def _sheet(cells: Sequence[tuple[str, Image]]) -> Image:
-    cell = min(512, max(128, *(max(picture.size) for _, picture in cells)))
-    return images.sheet([[p for _, p in cells]], titles=[t for t, _ in cells], cell=cell)
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """All that is the same for the steps of a sequence."""
+
+    editor: Editor
+    variant: Variant
+    mask: Image | None
+    options: Options
+    judge: Judge | None
+    say: Callable[[str], None]
+
+    def make(self, source: Image, text: str, path: Path) -> tuple[Image, list[Path]]:
+        """The picture after one instruction, and the files that were written besides it."""
+        how: dict[str, Any] = {"instruction": text, "mask": self.mask, "seed": self.variant.seed}
+        how |= {"scale": self.variant.scale, "steps": self.variant.steps}
+        found = None
+        if self.options.candidates > 1:
+            found = self.editor.search(source, search=self.options, judge=self.judge, **how)
+        result = found.picture if found else self.editor.edit(source, **how)
+        pasted = paste.paste_back(source, result) if self.options.paste_back else None
+        if pasted:
+            self.say(f"{path.name}: {pasted}")
+        written = []
+        if found:
+            if warning := found.warning():
+                self.say(f"{path.name}: {warning}")
+            trace = {"instruction": text, **found.trace(), "paste_back": pasted.trace() if pasted else None}
+            picture, record = _beside(path)
+            written = [images.save_image(found.sheet(source), picture), _write_json(trace, record)]
+        return pasted.picture if pasted else result, written
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where the candidates of a result go: their sheet, and what the judge said."""
+    return path.with_name(f"{path.stem}-candidates.png"), path.with_name(f"{path.stem}-candidates.json")
+
+
+def _write_json(content: Any, path: Path) -> Path:
+    files.write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
+    """Variants of one instruction side by side; of a sequence below each other, its steps side by side."""
+    tags = [variant.tag.replace("-", " ") for variant in job.variants]
+    cell = min(512, max(128, *source.size))
+    if len(texts) > 1:
+        titles = [f"{number}. {text}" for number, text in enumerate(texts, 1)]
+        labels = tags if any(tags) else None
+        return images.sheet(
+            [[source, *row] for row in rows], titles=["source", *titles], labels=labels, cell=cell
+        )
+    titles = [" ".join(part for part in (texts[0], tag) if part) or "result" for tag in tags]
+    return images.sheet([[source, *(row[0] for row in rows)]], titles=["source", *titles], cell=cell)
 
 
 def _per_picture(instructions: Sequence[str], count: int) -> list[tuple[str, ...]]:
@@ -152,13 +235,16 @@ def _per_picture(instructions: Sequence[str], count: int) -> list[tuple[str, ...
     return [(text,) for text in texts]
 
 
-def _names(stem: str, texts: Sequence[str], variants: Sequence[Variant]) -> list[str]:
-    names = []
-    for number in range(max(1, len(texts))):
-        for variant in variants:
-            tags = [str(number + 1)] * (len(texts) > 1) + [variant.tag] * bool(variant.tag)
-            names.append("-".join([stem, *tags]))
-    return names
+def _names(stem: str, texts: Sequence[str], variant: Variant) -> list[str]:
+    tag = [variant.tag] * bool(variant.tag)
+    if len(texts) < 2:
+        return ["-".join([stem, *tag])]
+    return ["-".join([stem, str(number), *tag]) for number in range(1, len(texts) + 1)]
+
+
+def _steps_to(out: Path, count: int) -> tuple[Path, ...]:
+    """Names of the steps that lead to a file: only what belongs to them is written, not they themselves."""
+    return (*(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count)), out)
 
 
 def _stems(paths: Sequence[Path]) -> list[str]:
@@ -192,33 +278,56 @@ def _check_pictures(source: Path, mask: Path | None) -> None:
         raise UserError(f"--mask {mask}: the mask and {source} must be of one size, but they are {sizes}")
 
 
-def _spare_inputs(jobs: Sequence[Job], mask: Path | None) -> None:
-    """No result may replace a picture that was given."""
+def _check_outputs(jobs: Sequence[Job], mask: Path | None, candidates: int) -> None:
+    """No result may replace a picture that was given, nor another result, as where sheets of earlier edits are edited too."""
     inputs = {job.source.resolve() for job in jobs} | ({mask.resolve()} if mask else set())
+    outputs: dict[Path, Path] = {}
     for job in jobs:
-        for path in (*job.results, job.sheet):
+        steps = [path for paths in job.results for path in paths]
+        written = steps if job.every else [paths[-1] for paths in job.results]
+        beside = [file for path in steps for file in _beside(path)] if candidates > 1 else []
+        for path in (*written, *beside, job.sheet):
             if path.resolve() in inputs:
                 raise UserError(f"{path}: the result would replace an input; choose another --out")
-
-
-def _keep_apart(jobs: Sequence[Job]) -> None:
-    """No result or sheet may replace another, as where the sheets of earlier edits are edited beside their pictures."""
-    written: dict[Path, Path] = {}
-    for job in jobs:
-        for path in (*job.results, job.sheet):
-            if path in written:
-                pair = {str(written[path]): None, str(job.source): None}
+            if path in outputs:
+                pair = {str(outputs[path]): None, str(job.source): None}
                 raise UserError(
                     f"{path} would be written twice, for {' and '.join(pair)}; rename a picture, leave out sheets of earlier"
                     " results, or give strengths that differ"
                 )
-            written[path] = job.source
+            outputs[path] = job.source
 
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)*=")
 
 
 def tell_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Pictures and ``key=value`` overrides, which one command line mixes; an existing file is a picture."""
-    overrides = [a for a in arguments if OVERRIDE.match(a) and not Path(a).exists()]
-    return [a for a in arguments if a not in overrides], overrides
+    """Pictures and ``key=value`` settings, which one command line mixes; an existing file is a picture."""
+    settings = [a for a in arguments if OVERRIDE.match(a) and not Path(a).exists()]
+    return [a for a in arguments if a not in settings], settings
+
+
+def options(settings: Sequence[str]) -> tuple[Options, list[str]]:
+    """The edit's own settings, and the rest: changes of ``backbone`` and ``config``, and the ``method`` of a file of others.
+
+    Raises:
+        UserError: a key that neither knows, or a value of another type.
+    """
+    known = schema.hints(Options)
+    raw: dict[str, Any] = {}
+    written: dict[tuple[str, ...], str] = {}
+    rest = []
+    for text in settings:
+        key, _, value = text.partition("=")
+        if "." in key or key == "method":
+            rest.append(text)
+            continue
+        if key not in known:
+            near = schema.nearest(key, list(known))
+            raise UserError(
+                f"{text}: an edit has no setting {key!r}.{f' Did you mean {near}?' if near else ''} Its settings:"
+                f" {', '.join(known)}; those of the run are written backbone.KEY and config.KEY"
+            )
+        raw[key] = value if schema.is_text(known[key]) and value != "null" else schema.parse_value(value)
+        written[(key,)] = text
+    return schema.parse(Options, raw, Origin(name="edit", overrides=written)), rest

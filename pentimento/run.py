@@ -22,6 +22,7 @@ from . import (
     metrics,
     progress,
     runfolder,
+    scaling,
     schema,
     tracking,
     train,
@@ -29,6 +30,7 @@ from . import (
 from . import recipe as recipe_
 from .cache import Samples
 from .errors import UserError
+from .judges import Judge
 from .method import EditSettings, Example, Method
 from .monitor import Monitor
 from .recipe import Recipe, Setup
@@ -237,21 +239,63 @@ class Editor:
                 suffice.
         """
         key = "" if isinstance(image, PIL.Image.Image) else Path(image).stem
-        source = images.take_image(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
+        source = _taken(image)
         if mask is not None:
             if not self.method.takes_mask:
                 raise UserError(
                     f"mask: {type(self.method).__name__} may change the whole picture and takes no mask"
                 )
             mask = images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
-        prompt = self.default_instruction if instruction is None else instruction
-        if prompt is None:
-            raise UserError(NO_INSTRUCTION)
+        prompt = self.asked(instruction)
         settings = EditSettings(seed=seed, steps=steps, guidance=guidance, scale=scale)
         try:
             return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
+
+    def asked(self, instruction: str | None) -> str:
+        """The instruction, or the default where none is given; ``UserError`` where there is no default."""
+        prompt = self.default_instruction if instruction is None else instruction
+        if prompt is None:
+            raise UserError(NO_INSTRUCTION)
+        return prompt
+
+    def search(
+        self,
+        image: Image | str | Path,
+        *,
+        instruction: str | None = None,
+        search: scaling.Search,
+        judge: Judge | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        **options: Any,
+    ) -> scaling.Found:
+        """Edit with several seeds in few steps, let a judge choose, and make the winner in all steps (``scaling``).
+
+        Args:
+            judge: instead of the one that ``search`` names.
+            seed: of the first candidate; the others count up from it.
+            options: as in ``edit``.
+
+        Raises:
+            UserError: as in ``edit``; no judge, or one that cannot be reached; fewer than two candidates.
+        """
+        source, prompt = _taken(image), self.asked(instruction)
+        return scaling.search(
+            lambda number, count: self.edit(source, instruction=prompt, seed=number, steps=count, **options),
+            scaling.Question(source=source, instruction=prompt),
+            judge or search.open_judge(),
+            search,
+            seed=seed,
+            steps=steps,
+            final=self.method.metadata().get("steps") if steps is None else steps,
+        )
+
+
+def _taken(image: Image | str | Path) -> Image:
+    """A picture from Python or from a file, upright and RGB."""
+    return images.take_image(image) if isinstance(image, PIL.Image.Image) else images.open_image(image)
 
 
 def load(

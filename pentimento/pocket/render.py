@@ -17,6 +17,7 @@ INK = (26, 24, 30)
 LIP = (176, 52, 60)
 GREY_HAIR = (206, 206, 210)
 FAR = 9.0  # a distance that paints nothing
+FILL_SHADE = 0.45
 
 
 def stack(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ def _dots(x: Tensor, y: Tensor, period: float, radius: float) -> Tensor:
     return torch.sqrt(dx * dx + dy * dy + 1e-9) - radius
 
 
-def _shade(colour: Tensor, amount: float = 0.3) -> Tensor:
+def shade(colour: Tensor, amount: float = 0.3) -> Tensor:
     """A lighter tone of dark colours and a darker one of light colours: textures and wrinkles."""
     dark = colour.mean(1, keepdim=True) < 0.45
     return torch.where(dark, colour + (1 - colour) * amount, colour * (1 - amount))
@@ -130,9 +131,9 @@ def _shade(colour: Tensor, amount: float = 0.3) -> Tensor:
 def _background(c: Canvas) -> None:
     bg = c.colour("bg")
     c.image = bg.expand_as(c.image)
-    second = _shade(bg)
+    second = shade(bg)
     ramp = (c.y * 0.5 + 0.5).clamp(0, 1) * torch.ones_like(c.x)
-    gradient = bg + (_shade(bg, 0.45) - bg) * ramp[:, None]
+    gradient = bg + (shade(bg, 0.45) - bg) * ramp[:, None]
     c.image = torch.where(c.is_("texture", 1)[:, None], gradient, c.image)
     ones = torch.ones(c.n, *c.size, device=bg.device)
     c.paint(_where(c.is_("texture", 2), _stripes((c.x + c.y) * ones, 0.36) * 0.7071), second)
@@ -164,25 +165,30 @@ def _shape_distance(c: Canvas, k: int, x: Tensor, y: Tensor) -> Tensor:
 def _shapes(c: Canvas) -> None:
     _background(c)
     for k in range(world.SLOTS):
+        there = c.is_(f"present{k}")
+        if not there.any():
+            continue
         cell, size = c[f"cell{k}"], c[f"size{k}"]
         ox = (torch.remainder(cell, 3) - 1) * 0.64 + c[f"jx{k}"]
         oy = (torch.div(cell, 3, rounding_mode="floor") - 1) * 0.64 + c[f"jy{k}"]
         cos, sin = torch.cos(c[f"rotation{k}"]), torch.sin(c[f"rotation{k}"])
         u, v = (c.x - ox) / size, (c.y - oy) / size
         x, y = u * cos + v * sin, v * cos - u * sin
-        there = c.is_(f"present{k}")
-        s = 0.12
-        shadow = _shape_distance(c, k, x - s * cos - s * sin, y - s * cos + s * sin) * size
-        below = c.image * 0.6
-        c.paint(_where(there & c.is_("shadow"), shadow), below)
+        # What none of the scenes has is not computed: most scenes have few objects and no shadows.
+        if (under := there & c.is_("shadow")).any():
+            s = 0.12
+            shadow = _shape_distance(c, k, x - s * cos - s * sin, y - s * cos + s * sin) * size
+            c.paint(_where(under, shadow), c.image * 0.6)
         distance = _shape_distance(c, k, x, y) * size
         colour = c.colour(f"colour{k}")
         c.paint(_where(there, distance), colour)
-        second = _shade(colour, 0.45)
-        stripes = torch.maximum(_stripes(x + 0.125, 0.5) * size, distance)
-        c.paint(_where(there & c.is_(f"fill{k}", 1), stripes), second)
-        dots = torch.maximum(_dots(x, y, 0.5, 0.15) * size, distance)
-        c.paint(_where(there & c.is_(f"fill{k}", 2), dots), second)
+        second = shade(colour, FILL_SHADE)
+        if (striped := there & c.is_(f"fill{k}", 1)).any():
+            stripes = torch.maximum(_stripes(x + 0.125, 0.5) * size, distance)
+            c.paint(_where(striped, stripes), second)
+        if (dotted := there & c.is_(f"fill{k}", 2)).any():
+            dots = torch.maximum(_dots(x, y, 0.5, 0.15) * size, distance)
+            c.paint(_where(dotted, dots), second)
 
 
 def _portrait(c: Canvas) -> None:
@@ -212,7 +218,7 @@ def _portrait(c: Canvas) -> None:
     )
     c.paint(_where(c.is_("hat"), hat), c.colour("hat_colour"))
     band = _box(hx, hy + 0.465, width * 0.86, 0.028)
-    c.paint(_where(c.is_("hat"), band), _shade(c.colour("hat_colour"), 0.4))
+    c.paint(_where(c.is_("hat"), band), shade(c.colour("hat_colour"), 0.4))
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:

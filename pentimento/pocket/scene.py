@@ -97,6 +97,8 @@ PORTRAIT_RANGES = {
     "dx": (-0.14, 0.14), "dy": (-0.06, 0.08), "scale": (0.88, 1.06), "tilt": (-0.12, 0.12),
 }  # fmt: skip
 
+OBJECT_RANGES = {"size": (0.19, 0.28), "jx": (-0.04, 0.04), "jy": (-0.04, 0.04), "rotation": (-0.3, 0.3)}
+
 
 def split_of(seed: int) -> str:
     """``train`` (80 %), ``dev`` (5 %), ``test`` (7 %) or ``hidden`` (8 %): a function of world version and seed."""
@@ -161,10 +163,9 @@ def _draw_shapes(rng: np.random.Generator) -> Scene:
     for k in range(SLOTS):
         scene |= {
             f"present{k}": int(k < count), f"shape{k}": int(rng.integers(len(SHAPES))), f"colour{k}": int(rng.choice(others)), f"cell{k}": int(cells[k]),
-            f"fill{k}": int(rng.choice(3, p=(0.7, 0.15, 0.15))), f"size{k}": float(rng.uniform(0.19, 0.28)),
-            f"jx{k}": float(rng.uniform(-0.04, 0.04)), f"jy{k}": float(rng.uniform(-0.04, 0.04)),
-            f"rotation{k}": float(rng.uniform(-0.3, 0.3)),
+            f"fill{k}": int(rng.choice(3, p=(0.7, 0.15, 0.15))),
         }  # fmt: skip
+        scene |= {f"{name}{k}": float(rng.uniform(*bounds)) for name, bounds in OBJECT_RANGES.items()}
     return scene
 
 

@@ -145,13 +145,41 @@ def test_edit_pairs_instructions_with_pictures(
     other.parent.mkdir()
     other.write_bytes(photo.read_bytes())
     both = ("--instruction", "a", "--instruction", "b", "--steps", 1)
-    assert call("edit", trained, photo, *both).stdout.split()[:2] == [
-        "edited/photo-1.png",
-        "edited/photo-2.png",
-    ]
+    call("edit", trained, photo, "--instruction", "b", "--steps", 1, "--out", "alone.png")
     named = call("edit", trained, photo, other, *both).stdout.split()
     assert named[2:] == ["edited/other-photo.png", "edited/other-photo-sheet.png"]
-    assert Path(named[2]).read_bytes() == Path("edited/photo-2.png").read_bytes()
+    assert Path(named[2]).read_bytes() == Path("alone.png").read_bytes()
+
+
+def test_edit_applies_several_instructions_one_after_the_other(
+    call: Callable[..., Result], trained: Path, photo: Path
+) -> None:
+    both = ("--instruction", "a", "--instruction", "b", "--steps", 1)
+    printed = call("edit", trained, photo, *both).stdout.split()
+    assert printed == ["edited/photo-1.png", "edited/photo-2.png", "edited/photo-sheet.png"]
+    call("edit", trained, photo, "--instruction", "a", "--steps", 1, "--out", "first.png")
+    assert Path("first.png").read_bytes() == Path("edited/photo-1.png").read_bytes()
+    call("edit", trained, "edited/photo-1.png", "--instruction", "b", "--steps", 1, "--out", "second.png")
+    assert Path("second.png").read_bytes() == Path("edited/photo-2.png").read_bytes()
+    with Image.open("edited/photo-sheet.png") as sheet:
+        assert sheet.width > 3 * 128
+    printed = call("edit", trained, photo, *both, "--out", "one/last.png").stdout.split()
+    assert printed == ["one/last.png", "one/last-sheet.png"]
+    assert sorted(path.name for path in Path("one").iterdir()) == ["last-sheet.png", "last.png"]
+    assert Path("one/last.png").read_bytes() == Path("edited/photo-2.png").read_bytes()
+
+
+def test_edit_makes_a_sequence_for_every_seed(
+    call: Callable[..., Result], trained: Path, photo: Path
+) -> None:
+    both = ("--instruction", "a", "--instruction", "b", "--steps", 1, "--count", 2)
+    printed = call("edit", trained, photo, *both).stdout.split()
+    assert printed == [
+        "edited/photo-1-seed0.png", "edited/photo-2-seed0.png", "edited/photo-1-seed1.png", "edited/photo-2-seed1.png",
+        "edited/photo-sheet.png",
+    ]  # fmt: skip
+    with Image.open("edited/photo-sheet.png") as sheet:
+        assert sheet.height > 2 * 70
 
 
 def test_edit_into_one_file_takes_the_weights_of_a_step(

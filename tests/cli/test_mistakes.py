@@ -271,6 +271,15 @@ def test_what_is_no_run(refuse, photo: Path, settings: list[str]) -> None:
         (["fake.png"], "fake.png"),
         (["zero.png"], "zero.png"),
         (["photo.png", "config.mod=edit"], "Did you mean mode?"),
+        (["photo.png", "candidates=6"], "judge=exact: the read-out of the drawn world"),
+        (["photo.png", "candidate=6", "judge=http"], "Did you mean candidates?"),
+        (["photo.png", "candidates=six", "judge=http"], "should be a whole number"),
+        (["photo.png", "judge=http"], "ask for two or more"),
+        (["photo.png", "candidates=2", "judge=gpt"], "one of http, local, exact"),
+        (["photo.png", "candidates=2", "judge=local"], "judge_model"),
+        (["photo.png", "candidates=2", "judge=exact"], "early_steps=10 is more than the 2 steps"),
+        (["photo.png", "paste_back=maybe"], "true or false"),
+        (["photo.png", "photo-sheet.png"], "would be written twice"),
         (["photo.png", "backbone.weights=absent"], "absent"),
     ],
 )
@@ -278,6 +287,7 @@ def test_a_wrong_edit(refuse, trained: Path, photo: Path, arguments: list[str], 
     Image.new("L", (10, 10)).save("mask.png")
     Image.new("L", (50, 30)).save("whole.png")
     Image.new("RGB", (60, 20)).save("wide.png")
+    Image.new("RGB", (60, 20)).save("photo-sheet.png")
     Path("cut.png").write_bytes(photo.read_bytes()[:-40])
     Path("fake.png").write_text("GIF89a, or so")
     Path("zero.png").write_bytes(b"")
