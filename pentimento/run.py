@@ -39,7 +39,8 @@ from .schema import Origin
 
 OUT_OF_MEMORY = (
     "the device's memory does not suffice; to train: a smaller stages.NAME.batch_size, a smaller picture,"
-    " backbone.gradient_checkpointing=true, or backbone.precision=bf16"
+    " backbone.gradient_checkpointing=true, or backbone.precision=bf16; to edit: backbone.offload=model, or a GGUF file as"
+    " backbone.transformer_file"
 )
 
 CACHE = "cache"
