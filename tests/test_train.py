@@ -384,7 +384,7 @@ def test_eight_bit_adam_names_its_extra(monkeypatch):
         ({"keep_steps": (6, 7)}, "keep_steps.*1 to 6.*7"),
         ({"train": ("content", "content")}, "twice"),
         ({"lr": 1.0}, "adamw does not learn"),
-        ({"optimizer": "prodigy"}, "its own estimate"),
+        ({"optimizer": "prodigy", "lr": 1e-4}, "its own estimate"),
     ],
 )
 def test_impossible_stages(wrong, named):
