@@ -85,6 +85,9 @@ def test_prompts_are_encoded_as_stock_does_and_remembered(fill, stock_fill):
 def test_only_the_last_prompts_are_remembered(fill):
     fill.encode_prompts([f"p{i}" for i in range(80)], 8)
     assert len(fill._prompts) == 64 and ("p79", 8) in fill._prompts and ("p0", 8) not in fill._prompts
+    fill.encode_prompts(["p16"], 8)  # the oldest, but used again
+    fill.encode_prompts(["new"], 8)
+    assert ("p16", 8) in fill._prompts and ("p17", 8) not in fill._prompts
 
 
 def test_posterior_is_the_vaes(fill, stock_fill, picture):
