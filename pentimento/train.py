@@ -220,6 +220,8 @@ def train(
         UserError: nothing to train on, a loss that is not finite, too little memory, a folder that cannot be written.
         Interrupted: Ctrl-C or SIGTERM, after the step under way was saved.
     """
+    if not stages:
+        raise UserError("stages is empty; name at least one, with `train` and `steps`")
     device = _device(method, stages)
     state = processes(cpu=device.type == "cpu")
     if state.is_main_process:

@@ -32,6 +32,7 @@ from pentimento.method import Example
 from pentimento.train import Draws
 
 pytestmark = pytest.mark.golden
+RECORDING = ("icedit", "train_normal")
 
 SUBSET = Path(__file__).parent / "icedit_data"
 SAME = "A diptych with two side-by-side images of the same scene. On the right, the scene is exactly the same as on the left"

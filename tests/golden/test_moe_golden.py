@@ -26,6 +26,7 @@ from pentimento.optimizers import make_optimizer
 from pentimento.train import Stage
 
 pytestmark = pytest.mark.golden
+RECORDING = ("icedit", "train_moe1")
 
 HERE = Path(__file__).parent
 MODEL, SUBSET = HERE / "icedit" / "tiny_flux_fill", HERE / "icedit_moe"
