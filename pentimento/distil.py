@@ -167,10 +167,18 @@ def _make(
         key: deviation(method, name, scales, watched, settings.measured, seed)
         for key, scales in (("base", {}), ("merged", {PLAIN: 1.0}))
     }
+    kept = "merged"
     if settings.steps:
+        merged = {key: value.clone() for key, value in method.adapters.state_dict()[PLAIN].items()}
         _distil(method, name, training, settings, seed, export_.nearest_folder(file))
         error["distilled"] = deviation(method, name, {PLAIN: 1.0}, watched, settings.measured, seed)
+        if error["distilled"] < error["merged"]:
+            kept = "distilled"
+        else:  # too few steps, or too bold ones: what was there before is nearer
+            for key, value in method.adapters.state_dict()[PLAIN].items():
+                value.copy_(merged[key])
     about = {
+        "kept": kept,
         "from": {"experts": spec.experts, "top_k": spec.top_k, "gate": spec.gate},
         "steps": settings.steps,
         "error": {key: round(value, 6) for key, value in error.items()},
@@ -338,4 +346,6 @@ def _report(file: Path, method: Method, plain: LoRA, about: dict[str, Any]) -> e
         if key in error:
             left = f", {error[key] / base:.1%} of the base model's" if base else ""
             lines.append((key, f"{error[key]:.4f}{left}"))
+    if "distilled" in error and about["kept"] == "merged":
+        lines.append(("kept", "what was merged: distilling made it worse; try more steps or a lower lr"))
     return [*lines, ("proof", export_.prove(file, tensors, plain, method.adapters.host))]

@@ -225,6 +225,7 @@ def test_experts_made_plain(call, learnt: Path, tmp_path: Path) -> None:
     about = record(file)["export"]
     error = about["error"]
     assert error["distilled"] < 0.9 * error["merged"] < 0.9 * error["base"]
+    assert about["kept"] == "distilled"
     assert about["measured_on"] == "2 held-out pairs"
     lines = said(result)
     assert lines["base model"].startswith(f"{error['base']:.4f}")
@@ -242,6 +243,16 @@ def test_experts_made_plain(call, learnt: Path, tmp_path: Path) -> None:
     row = toy_samples(learnt)
     original = pentimento.load(learnt)
     assert distance(editor, original, row) == pytest.approx(error["distilled"], rel=0.5)
+
+
+def test_distilling_that_makes_it_worse_is_not_kept(call, learnt: Path, tmp_path: Path) -> None:
+    merged = call("export", learnt, "--to", "lora", "--out", "merged", "steps=0")
+    worse = call("export", learnt, "--to", "lora", "--out", "worse", "steps=3", "lr=0.1")
+    about = record(tmp_path / "worse" / NAME)["export"]
+    assert about["error"]["distilled"] > about["error"]["merged"] and about["kept"] == "merged"
+    assert "distilling made it worse" in said(worse)["kept"] and "kept" not in said(merged)
+    ours, theirs = (load_file(tmp_path / name / NAME) for name in ("merged", "worse"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def toy_samples(folder: Path):
