@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # Before anything imports the hub's client: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,25 +47,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--golden DIR`` the tests that read DIR are deselected; those of the small subset here remain."""
-    if config.getoption("--golden") is None:
-        needing = [item for item in items if "golden_dir" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=needing)
-        items[:] = [item for item in items if item not in needing]
+    """Tests that read ``--golden DIR`` remain where DIR holds their recording; those of the small subset here always do."""
+    given: Path | None = config.getoption("--golden")
+    needing = [item for item in items if "golden_dir" in getattr(item, "fixturenames", ())]
+    without = [item for item in needing if given is None or recording(given, item.module) is None]
+    if given is not None and needing and len(without) == len(needing):
+        raise pytest.UsageError(
+            f"--golden: {given} holds none of the recordings that these tests compare with"
+        )
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
 
 
-@pytest.fixture(scope="module")
-def golden_dir(request: pytest.FixtureRequest) -> Path:
+def recording(given: Path, module: ModuleType) -> Path | None:
     """The recording that a module's tests read: the folder given by ``--golden``, or the one of its name in there.
 
     A module names both in ``RECORDING``: the folder, and a file that only this recording has.
     """
-    given: Path = request.config.getoption("--golden")
-    name, mark = request.module.RECORDING
-    for folder in (given, given / name):
-        if (folder / mark).exists():
-            return folder
-    pytest.skip(f"{given} holds no recording of {name}")
+    name, mark = module.RECORDING
+    return next((folder for folder in (given, given / name) if (folder / mark).exists()), None)
+
+
+@pytest.fixture(scope="module")
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    """The recording that a module's tests read; those without one are not collected."""
+    folder = recording(request.config.getoption("--golden"), request.module)
+    assert folder is not None
+    return folder
 
 
 def tiny_transformer(in_channels: int) -> FluxTransformer2DModel:

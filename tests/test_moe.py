@@ -240,7 +240,10 @@ def test_two_passes_before_one_backward():
     first = adapters.host(x).sum()
     adapters.host(x + 1)
     first.backward()
+    before = {key: p.grad.clone() for key, p in adapters._named("edit").items() if p.grad is not None}
     adapters.balance("edit").backward()
+    router = adapters._named("edit")["layer.lora_route.weight"].grad
+    assert router is not None and (router - before.get("layer.lora_route.weight", 0)).any()
 
 
 @pytest.mark.parametrize("order", [("edit", "other", "plain"), ("plain", "other", "edit")])

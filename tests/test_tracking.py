@@ -46,6 +46,8 @@ class WandB(ModuleType):
         self.answer: bool | Exception = True
         self.runs: dict[str, Run] = {}
         self.begun: list[dict] = []
+        self.asked = 0
+        """How often somebody asked whether a person is logged in."""
         self.Settings = self.Image = lambda *args, **kwargs: (args, kwargs)
 
     def setup(self):
@@ -53,6 +55,7 @@ class WandB(ModuleType):
 
     def login(self, *, prompt):
         assert not prompt, "nobody sits at a training"
+        self.asked += 1
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -155,6 +158,7 @@ def test_nobody_is_logged_in(wandb, tmp_path):
 def test_nobody_need_be_logged_in_where_nothing_is_sent(wandb, mode):
     wandb.mode, wandb.answer = mode, False
     tracking.check()
+    assert wandb.asked == 0
 
 
 def test_a_setting_that_is_not_valid(wandb, monkeypatch):

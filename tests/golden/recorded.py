@@ -43,7 +43,13 @@ def watch(flux: Flux) -> list[tuple[dict[str, Tensor], Tensor]]:
     return calls
 
 
+def distance(ours: Tensor | None, theirs: Tensor) -> float:
+    """The largest difference, as a part of the largest value; of equal tensors 0, also where all is 0."""
+    assert ours is not None
+    difference = (ours - theirs).abs().max()
+    return float(difference / theirs.abs().max()) if difference else 0.0
+
+
 def close(ours: Tensor | None, theirs: Tensor, tolerance: float) -> None:
     """Equal within ``tolerance`` of the largest value."""
-    assert ours is not None
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    assert distance(ours, theirs) <= tolerance

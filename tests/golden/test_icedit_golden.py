@@ -29,6 +29,8 @@ pytestmark = pytest.mark.golden
 RECORDING = ("icedit", "train_normal")
 SUBSET = Path(__file__).parent / "icedit"
 SAVED = "pytorch_lora_weights.safetensors"
+GRADIENTS = 50
+"""Two matrices on each of the recorded model's 25 layers."""
 
 
 def build(root: Path, lora: str, flux: Flux | None = None, **config: object) -> ICEdit:
@@ -55,8 +57,8 @@ def batch_of(flux: Flux, x_0: Tensor, x_cond: Tensor, grid: tuple[int, int], tex
 
 def check_step(
     method: ICEdit, record: dict[str, Tensor], batch: dict[str, Tensor], posteriors: list[Tensor]
-) -> None:
-    """One micro-step: input, prediction and loss."""
+) -> float:
+    """One micro-step: input and prediction; returns the loss."""
     calls = watch(method.flux)
     method.adapters.train("edit")
     draws = Recorded([*posteriors, torch.logit(record["t"].double()).float(), record["x_1"]])
@@ -72,15 +74,17 @@ def check_step(
     assert torch.equal(inputs["img_ids"], record["img_ids"])
     close(output, record["pred"], 1e-5)
     assert name == "flow"
-    assert loss.item() == pytest.approx(record["loss"].item(), rel=1e-6)
+    return loss.item()
 
 
-def check_gradients(method: ICEdit, recorded: dict[str, Tensor]) -> None:
+def check_gradients(method: ICEdit, recorded: dict[str, Tensor]) -> int:
+    """All of them; returns how many there are."""
     own = dict(method.flux.transformer.named_parameters())
     for name, expected in recorded.items():
         close(own[name.replace(".default.", ".edit.")].grad, expected, 2e-6)
     trained = [p for p in own.values() if p.grad is not None]
     assert len(trained) == len(recorded)
+    return len(trained)
 
 
 def test_step_of_the_subset() -> None:
@@ -89,8 +93,11 @@ def test_step_of_the_subset() -> None:
     text = Text(prompt_embeds=record["prompt_embeds"], pooled=record["pooled"])
     batch = batch_of(method.flux, record["x_0"], record["hidden_states"][..., 64:], (4, 8), text)
     nothing = torch.zeros_like(batch["x0_mean"])
-    check_step(method, record, batch, [nothing, nothing])
-    check_gradients(method, load_file(SUBSET / "train_normal" / "step0_grads.safetensors"))
+    loss = check_step(method, record, batch, [nothing, nothing])
+    assert loss == pytest.approx(record["loss"].item(), rel=1e-6)
+    assert (
+        check_gradients(method, load_file(SUBSET / "train_normal" / "step0_grads.safetensors")) == GRADIENTS
+    )
 
 
 def test_layers_are_the_published_ones() -> None:
@@ -139,8 +146,10 @@ def test_step(golden_dir: Path) -> None:
     batch |= method.encode_text([p.removeprefix(before) for p in prompts])
     close(batch["prompt_embeds"], record["prompt_embeds"], 1e-6)
     close(batch["pooled"], record["pooled"], 1e-6)
-    check_step(method, record, batch, [record["vae_noise_image"], record["vae_noise_masked"]])
-    check_gradients(method, load_file(golden_dir / "train_normal" / "step0_grads.safetensors"))
+    loss = check_step(method, record, batch, [record["vae_noise_image"], record["vae_noise_masked"]])
+    assert loss == pytest.approx(record["loss"].item(), rel=1e-6)
+    gradients = load_file(golden_dir / "train_normal" / "step0_grads.safetensors")
+    assert check_gradients(method, gradients) == GRADIENTS
 
 
 def test_prodigy_trajectory(golden_dir: Path) -> None:
