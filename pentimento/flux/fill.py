@@ -4,13 +4,102 @@ In-Context LoRA (arXiv:2410.23775), ACE++ (arXiv:2501.02487) and ICEdit (arXiv:2
 ``(h, w)`` latent rows and columns of the canvas, ``T`` tokens.
 """
 
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from .. import images
+from ..adapters import Adapters, LoRA
+from ..errors import UserError
+from ..method import Example, Method
 from . import sampling
 from .backbone import Flux, Posterior, Text
+from .config import FluxConfig
+from .loading import Variant
+
+ADAPTER = "edit"
+
+
+class FillMethod(Method):
+    """What methods share that train one adapter, ``edit``, on FLUX.1 Fill: weights, texts, and how their pairs are refused."""
+
+    variant: ClassVar[Variant] = "fill"
+    called: ClassVar[str]
+    """The method's name in messages."""
+    largest_native: ClassVar[int]
+    """Pixels at which a model is trained unless ``config.resolution`` says otherwise, if it was made for more."""
+
+    def __init__(self, backbone: Flux, config: Any):
+        if backbone.variant != self.variant:
+            raise UserError(
+                f"{self.called} needs FLUX.1 Fill; {backbone.weights.name} is FLUX.1 {backbone.variant}"
+            )
+        self.flux, self.config = backbone, config
+        self.resolution = config.resolution or min(backbone.native_resolution, self.largest_native)
+        self.text_length = config.max_sequence_length or backbone.native_text_length
+        self.adapters = Adapters(backbone.transformer)
+        self.adapters.add(ADAPTER, self.layers(config))
+
+    @classmethod
+    def layers(cls, config: Any) -> LoRA:
+        """What the adapter trains."""
+        lora: LoRA = config.lora
+        return lora
+
+    @classmethod
+    def load(cls, backbone: FluxConfig, config: Any) -> Self:
+        """The method on the weights that a recipe names; raises ``UserError`` as ``Flux.load`` does."""
+        return cls(Flux.load(backbone, cls.variant), config)
+
+    @classmethod
+    def outline(cls, backbone: FluxConfig, config: Any) -> Self | None:
+        """The method without weights; ``None`` where the model's configuration is not on this machine."""
+        flux = Flux.outline(backbone, cls.variant)
+        return None if flux is None else cls(flux, config)
+
+    @classmethod
+    def names(cls, config: Any) -> tuple[str, ...]:
+        """One adapter, ``edit``."""
+        return (ADAPTER,)
+
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """T5 states ``(B, S, C)`` and CLIP vectors ``(B, D)`` of the prompts, put into the template."""
+        text = self.flux.encode_prompts([self.text(p) for p in prompts], self.text_length)
+        return {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
+
+    def release_encoders(self) -> None:
+        """Free the text encoders and the autoencoder."""
+        self.flux.release_encoders()
+
+    def base(self) -> dict[str, Any]:
+        """Family, variant, name and digest of the FLUX weights."""
+        return self.flux.describe()
+
+    def both(self, example: Example) -> tuple[Image, Image]:
+        """Source and target of a pair; ``UserError`` names the one that is missing."""
+        source, target = example.source, example.target
+        if source is None or target is None:
+            missing = "source" if source is None else "target"
+            name = example.key or "a pair"
+            raise UserError(f"{name}: {self.called} learns from pairs, but there is no {missing} picture")
+        return source, target
+
+
+def check_settings(config: Any, *numbers: str) -> None:
+    """Settings that these methods share, and ``numbers`` that must not be negative; raises ``ValueError``."""
+    if config.max_sequence_length is not None and not 8 <= config.max_sequence_length <= 512:
+        raise ValueError(f"max_sequence_length must lie in 8..512, not {config.max_sequence_length}")
+    if config.prompt_template.count("{prompt}") != 1:
+        raise ValueError(f"prompt_template must hold {{prompt}} once: {config.prompt_template!r}")
+    if config.steps < 1:
+        raise ValueError(f"steps must be at least 1, but it is {config.steps}")
+    for name in ("guidance", "sampling_guidance", *numbers):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must not be negative, but it is {getattr(config, name)}")
 
 
 def encode_canvas(flux: Flux, canvas: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ One LoRA learns it, in the published mixture with experts on the layers that lea
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +14,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .. import images
-from ..adapters import Adapters, ExpertLoRA, LoRA
+from ..adapters import ExpertLoRA, LoRA
 from ..errors import UserError
 from ..flux import fill
-from ..flux.backbone import Flux, Posterior, Text
-from ..flux.config import FluxConfig
-from ..flux.loading import Variant
-from ..method import EditSettings, Example, Method
+from ..flux.backbone import Posterior, Text
+from ..method import EditSettings, Example
 
 if TYPE_CHECKING:
     from ..train import Draws
@@ -37,7 +34,6 @@ TARGETS = (
     r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv])"
 )
 """The published 343 layers of FLUX.1: the input layer, the picture's stream of double blocks, single blocks whole."""
-ADAPTER = "edit"
 LARGEST_NATIVE = 512
 MULTIPLE = 16
 TALLEST = 4
@@ -62,10 +58,11 @@ class DiptychExperts(ExpertLoRA):
     rank: int = 32
 
 
-class ICEdit(Method):
+class ICEdit(fill.FillMethod):
     """One LoRA named ``edit`` on FLUX.1 Fill, plain or with experts."""
 
-    variant: Variant = "fill"
+    called = "icedit"
+    largest_native = LARGEST_NATIVE
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -103,42 +100,9 @@ class ICEdit(Method):
                 raise ValueError(
                     f"resolution must be a multiple of {MULTIPLE} or null, not {self.resolution}"
                 )
-            if self.max_sequence_length is not None and not 8 <= self.max_sequence_length <= 512:
-                raise ValueError(f"max_sequence_length must lie in 8..512, not {self.max_sequence_length}")
-            if self.prompt_template.count("{prompt}") != 1:
-                raise ValueError(f"prompt_template must hold {{prompt}} once: {self.prompt_template!r}")
-            if self.steps < 1:
-                raise ValueError(f"steps must be at least 1, but it is {self.steps}")
-            for name in ("guidance", "sampling_guidance", "offset_noise", "balance_weight"):
-                if not 0 <= getattr(self, name) < math.inf:
-                    raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
+            fill.check_settings(self, "offset_noise", "balance_weight")
             if self.balance_weight and not isinstance(self.lora, ExpertLoRA):
                 raise ValueError("balance_weight is for experts; set lora.experts, or leave it out")
-
-    def __init__(self, backbone: Flux, config: Config):
-        if backbone.variant != self.variant:
-            raise UserError(f"icedit needs FLUX.1 Fill; {backbone.weights.name} is FLUX.1 {backbone.variant}")
-        self.flux, self.config = backbone, config
-        self.resolution = config.resolution or min(backbone.native_resolution, LARGEST_NATIVE)
-        self.text_length = config.max_sequence_length or backbone.native_text_length
-        self.adapters = Adapters(backbone.transformer)
-        self.adapters.add(ADAPTER, config.lora)
-
-    @classmethod
-    def load(cls, backbone: FluxConfig, config: Config) -> "ICEdit":
-        """The method on the weights that a recipe names; raises ``UserError`` as ``Flux.load`` does."""
-        return cls(Flux.load(backbone, cls.variant), config)
-
-    @classmethod
-    def outline(cls, backbone: FluxConfig, config: Config) -> "ICEdit | None":
-        """The method without weights; ``None`` where the model's configuration is not on this machine."""
-        flux = Flux.outline(backbone, cls.variant)
-        return None if flux is None else cls(flux, config)
-
-    @classmethod
-    def names(cls, config: Config) -> tuple[str, ...]:
-        """One adapter, ``edit``."""
-        return (ADAPTER,)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Pixels of each half in training."""
@@ -172,11 +136,7 @@ class ICEdit(Method):
         return fill.encode_canvas(self.flux, canvas)
 
     def _pair(self, example: Example) -> tuple[Image, Image]:
-        source, target = example.source, example.target
-        if source is None or target is None:
-            missing = "source" if source is None else "target"
-            name = example.key or "a pair"
-            raise UserError(f"{name}: icedit learns from pairs, but there is no {missing} picture")
+        source, target = self.both(example)
         size = self.size(*source.size)
         return images.panel(source, size), images.panel(target, size)
 
@@ -184,18 +144,9 @@ class ICEdit(Method):
         """What Fill is given of a pair: the diptych, what is shown of it, and the mask."""
         return fill.canvas_views(*self._pair(example))
 
-    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """T5 states ``(B, S, C)`` and CLIP vectors ``(B, D)`` of the instructions, put into the template."""
-        text = self.flux.encode_prompts([self.text(p) for p in prompts], self.text_length)
-        return {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
-
     def text(self, prompt: str) -> str:
         """The instruction in the template; an empty one is the text that stands for none."""
         return self.config.prompt_template.replace("{prompt}", prompt) if prompt else self.config.dropped_text
-
-    def release_encoders(self) -> None:
-        """Free the text encoders and the autoencoder."""
-        self.flux.release_encoders()
 
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:
         """Flow matching on the diptych: ``mean (v - (noise - x_0))^2``, over both halves unless ``loss_on`` is right."""
@@ -209,9 +160,9 @@ class ICEdit(Method):
         if not isinstance(self.config.lora, ExpertLoRA):
             yield "flow", loss
             return
-        usage = self.adapters.expert_usage(ADAPTER)
+        usage = self.adapters.expert_usage(fill.ADAPTER)
         if self.config.balance_weight:
-            balance = self.adapters.balance(ADAPTER)
+            balance = self.adapters.balance(fill.ADAPTER)
             # One sum and not two losses: both come from one forward pass, whose graph the first would free.
             yield "flow_and_balance", loss + self.config.balance_weight * balance
             yield "balance", balance.detach()
@@ -284,10 +235,6 @@ class ICEdit(Method):
             "guidance": self.config.sampling_guidance,
             "steps": self.config.steps,
         }
-
-    def base(self) -> dict[str, Any]:
-        """Family, variant, name and digest of the FLUX weights."""
-        return self.flux.describe()
 
     def usage(self) -> str:
         """How a stock ``FluxFillPipeline`` uses the weights."""

@@ -10,7 +10,6 @@ Next to the noisy picture, Fill sees a condition picture, a mask and a text. Two
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +20,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .. import images
-from ..adapters import Adapters, LoRA
+from ..adapters import LoRA
 from ..errors import UserError
 from ..flux import fill, sampling
-from ..flux.backbone import Flux, Posterior, Text
-from ..flux.config import FluxConfig
-from ..flux.loading import Variant
-from ..method import EditSettings, Example, Method
+from ..flux.backbone import Posterior, Text
+from ..method import EditSettings, Example
 
 if TYPE_CHECKING:
     from ..train import Draws
@@ -48,7 +45,6 @@ TARGETS = (
 )
 """Suffixes of module names: twelve layers of a double block, but only to_q, to_k and to_v of a single one."""
 
-ADAPTER = "edit"
 USAGE = {
     "split": "The canvas is the picture beside itself; the pipeline fills its right half, which is cut out.",
     "edit": "The pipeline blanks what its mask covers, but this edit needs the whole picture beside a white mask: the condition "
@@ -68,10 +64,11 @@ class EditLoRA(LoRA):
     rank: int = 16
 
 
-class InFluxEdit(Method):
+class InFluxEdit(fill.FillMethod):
     """One LoRA named ``edit`` on FLUX.1 Fill, in one of two modes."""
 
-    variant: Variant = "fill"
+    called = "influxedit"
+    largest_native = LARGEST_NATIVE
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -113,49 +110,19 @@ class InFluxEdit(Method):
         def __post_init__(self) -> None:
             if self.resolution is not None and self.resolution < MULTIPLE:
                 raise ValueError(f"resolution must be at least {MULTIPLE} or null, not {self.resolution}")
-            if self.max_sequence_length is not None and not 8 <= self.max_sequence_length <= 512:
-                raise ValueError(f"max_sequence_length must lie in 8..512, not {self.max_sequence_length}")
-            if self.prompt_template.count("{prompt}") != 1:
-                raise ValueError(f"prompt_template must hold {{prompt}} once: {self.prompt_template!r}")
             if self.mode == "split" and self.mask == "black":
                 raise ValueError("mask: black is for mode edit; in mode split the mask is the right half")
-            if self.steps < 1:
-                raise ValueError(f"steps must be at least 1, but it is {self.steps}")
-            for name in ("guidance", "sampling_guidance"):
-                if not 0 <= getattr(self, name) < math.inf:
-                    raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
+            fill.check_settings(self)
             if not self.logit_std > 0:
                 raise ValueError(f"logit_std must be above 0, but it is {self.logit_std}")
 
-    def __init__(self, backbone: Flux, config: Config):
-        if backbone.variant != self.variant:
-            raise UserError(
-                f"influxedit needs FLUX.1 Fill; {backbone.weights.name} is FLUX.1 {backbone.variant}"
-            )
-        self.flux, self.config = backbone, config
-        self.resolution = config.resolution or min(backbone.native_resolution, LARGEST_NATIVE)
-        self.text_length = config.max_sequence_length or backbone.native_text_length
+    @classmethod
+    def layers(cls, config: Config) -> LoRA:
+        """The LoRA, with the input layer beside it if that is trained too."""
         lora: LoRA = config.lora
         if config.train_embedder and "x_embedder" not in lora.full:
             lora = dataclasses.replace(lora, full=(*lora.full, "x_embedder"))
-        self.adapters = Adapters(backbone.transformer)
-        self.adapters.add(ADAPTER, lora)
-
-    @classmethod
-    def load(cls, backbone: FluxConfig, config: Config) -> "InFluxEdit":
-        """The method on the weights that a recipe names; raises ``UserError`` as ``Flux.load`` does."""
-        return cls(Flux.load(backbone, cls.variant), config)
-
-    @classmethod
-    def outline(cls, backbone: FluxConfig, config: Config) -> "InFluxEdit | None":
-        """The method without weights; ``None`` where the model's configuration is not on this machine."""
-        flux = Flux.outline(backbone, cls.variant)
-        return None if flux is None else cls(flux, config)
-
-    @classmethod
-    def names(cls, config: Config) -> tuple[str, ...]:
-        """One adapter, ``edit``."""
-        return (ADAPTER,)
+        return lora
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Pixels at which a picture of this size is trained and edited; in split mode those of each half."""
@@ -185,11 +152,7 @@ class InFluxEdit(Method):
         }
 
     def _pair(self, example: Example) -> tuple[Image, Image]:
-        source, target = example.source, example.target
-        if source is None or target is None:
-            missing = "source" if source is None else "target"
-            name = example.key or "a pair"
-            raise UserError(f"{name}: influxedit learns from pairs, but there is no {missing} picture")
+        source, target = self.both(example)
         size = self.size(*source.size)
         return images.resize(images.to_rgb(source), size), images.resize(images.to_rgb(target), size)
 
@@ -202,18 +165,9 @@ class InFluxEdit(Method):
             return {"target": target, "condition": source, "mask-white-changes": mask}
         return fill.canvas_views(source, target)
 
-    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """T5 states ``(B, S, C)`` and CLIP vectors ``(B, D)`` of the prompts, put into the template."""
-        text = self.flux.encode_prompts([self.text(p) for p in prompts], self.text_length)
-        return {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
-
     def text(self, prompt: str) -> str:
         """The prompt, put into the template."""
         return self.config.prompt_template.replace("{prompt}", prompt)
-
-    def release_encoders(self) -> None:
-        """Free the text encoders and the autoencoder."""
-        self.flux.release_encoders()
 
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:
         """Flow matching on the whole picture: ``mean w(sigma) (v - (noise - x_0))^2``.
@@ -298,10 +252,6 @@ class InFluxEdit(Method):
             "guidance": self.config.sampling_guidance,
             "steps": self.config.steps,
         }
-
-    def base(self) -> dict[str, Any]:
-        """Family, variant, name and digest of the FLUX weights."""
-        return self.flux.describe()
 
     def usage(self) -> str:
         """How a stock ``FluxFillPipeline`` uses the weights."""
