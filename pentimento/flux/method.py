@@ -1,5 +1,6 @@
 """What all methods on FLUX.1 share: their weights, their adapters, and how a pair is refused."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -35,9 +36,9 @@ class FluxMethod(Method):
             self.adapters.add(name, lora)
 
     @classmethod
+    @abstractmethod
     def loras(cls, config: Any) -> Mapping[str, LoRA]:
         """The adapters by name."""
-        raise NotImplementedError
 
     @classmethod
     def load(cls, backbone: FluxConfig, config: Any) -> Self:
