@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import adapter_files, inspection, moe, specs
+from . import adapter_files, moe, specs
 from .errors import UserError
 from .inspection import WEIGHTS_NAME
 from .specs import ExpertLoRA as ExpertLoRA
@@ -470,12 +470,11 @@ class Adapters:
         """
         found = []
         scale = self.specs[name].scaled / self.specs[name].rank
-        for layer in self.host.modules():
-            if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
-                continue
-            weight = layer.get_base_layer().weight
+        factors = self._parts(name)[""]
+        for layer in sorted({key.partition(".lora_A.")[0] for key in factors if ".lora_A.weight" in key}):
+            weight = self.host.get_submodule(layer).get_parameter("base_layer.weight")
             if weight.is_floating_point() and not weight.is_meta:
-                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                a, b = (factors[f"{layer}.lora_{factor}.weight"] for factor in "AB")
                 # |BA|^2 = tr(B'B AA'): two small products instead of one as large as the layer.
                 squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
                 found.append(float(scale * squared.sqrt() / weight.float().norm()))

@@ -45,9 +45,9 @@ class DataConfig:
 
     root: str = ""
     """Folder of the data set; for ``jsonl`` the file, or a folder that holds one such file."""
-    kind: Literal[
-        "pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit", "picture", "none"
-    ] = "pairs"
+    kind: Literal["pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit", "picture", "none"] = (
+        "pairs"
+    )
     """``pairs``: folders source/ and target/ (or train_A/ and train_B/, or control/ and target/), files matched by stem.
     ``side_by_side``: one folder of double-wide pictures, left before, right after. ``jsonl``: one JSON object per line with
     the fields source, target, prompt, mask (paths relative to the file; the names of other trainers are understood).

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import adapter_files, inspection, run, runfolder, specs
+from . import adapter_files, inspection, lookup, runfolder, specs, stored
 from . import recipe as recipe_
 from .errors import UserError
 from .schema import Origin
@@ -105,7 +104,7 @@ def writing(file: Path) -> Iterator[None]:
 
 
 def _weights_of(path: Path) -> Path:
-    return inspection.find(run.final_weights(path) if (path / runfolder.RECIPE).is_file() else path)
+    return inspection.find(lookup.final_weights(path) if (path / runfolder.RECIPE).is_file() else path)
 
 
 def _host(path: Path, source: Path, overrides: Sequence[str]) -> nn.Module | None:
@@ -116,7 +115,7 @@ def _host(path: Path, source: Path, overrides: Sequence[str]) -> nn.Module | Non
     elif not adapter_files.read_record(source) and not any(o.startswith("method=") for o in overrides):
         return None
     else:
-        raw = run.recorded_setup(source, overrides)
+        raw = lookup.recorded_setup(source, overrides)
         setup = recipe_.build_setup(raw, recipe_.override(raw, Origin(name=str(source)), overrides))
         name, backbone, config = setup.method, setup.backbone, setup.config
     method = recipe_.method_class(name).outline(backbone, config)
@@ -126,7 +125,7 @@ def _host(path: Path, source: Path, overrides: Sequence[str]) -> nn.Module | Non
 def _diffusers(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Lines:
     """Key names, alpha and modules trained whole as stock diffusers takes them."""
     tensors = _tensors(source)
-    metadata = inspection.read_metadata(source)
+    metadata = stored.read_metadata(source)
     stock = {"lora_adapter_metadata": metadata.get("lora_adapter_metadata") or specs.stock_record(spec)}
     wholes = _wholes(source, spec)
     with writing(file):
@@ -178,7 +177,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     prefix = adapter_files.PREFIX
     return {
         prefix + key.removeprefix(prefix): value
-        for key, value in load_file(source).items()
+        for key, value in stored.in_diffusers_names(stored.read_tensors(source)).items()
         if not key.endswith(".alpha")
     }
 

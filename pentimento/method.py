@@ -132,7 +132,8 @@ class Method(ABC):
         """The text that the model is given for a prompt."""
         return prompt
 
-    def default_prompt(self, shared: str | None) -> str | None:
+    @classmethod
+    def default_prompt(cls, config: Any, shared: str | None) -> str | None:
         """What an edit asks for where nothing is said; ``shared`` is the one prompt that all training pairs had."""
         return shared
 

@@ -24,7 +24,7 @@ from . import sampling
 from .backbone import Flux, Text
 from .method import FluxMethod
 
-EDIT, PHOTO = "semantic", "content"
+EDIT, PHOTO = inspection.MAIN, "content"
 ATTENTION = (
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     r"|single_transformer_blocks\.\d+\.attn\.to_[qkv]"
@@ -174,11 +174,14 @@ class DevMethod(FluxMethod):
         """Velocity ``(B, T, 64)`` in float32 with the adapters as they are set, for a batch of encoded pictures and texts."""
         text = Text(prompt_embeds=batch["prompt_embeds"], pooled=batch["pooled"])
         h, w = batch["source_mean"].shape[-2:]
-        return self.flux.velocity(x_t, sigma, text, grid=(h // 2, w // 2), guidance=self.config.guidance).float()
+        return self.flux.velocity(
+            x_t, sigma, text, grid=(h // 2, w // 2), guidance=self.config.guidance
+        ).float()
 
-    def default_prompt(self, shared: str | None) -> str | None:
+    @classmethod
+    def default_prompt(cls, config: Any, shared: str | None) -> str | None:
         """The configuration's prompt: training pairs have instructions, which are no captions."""
-        return str(self.config.prompt)
+        return str(config.prompt)
 
     def show_photo(self, place: Path) -> None:
         """Load the adapter that knows a photograph: a file, or the folder of a run of the recipe ``inversion``."""
@@ -230,7 +233,7 @@ class DevMethod(FluxMethod):
         edit = {self.main: how.scale, **self._also}
 
         def velocity(x_t: Tensor, sigma: Tensor, **scales: float) -> Tensor:
-            self.adapters.use(**scales)
+            self.adapters.use(**scales)  # type: ignore[arg-type]  # no adapter may be called frozen
             return self.flux.velocity(x_t, sigma, how.text, grid=how.grid, guidance=how.guidance)
 
         def of_prompt(x_t: Tensor, sigma: Tensor, step: int) -> Tensor:
@@ -249,7 +252,17 @@ class DevMethod(FluxMethod):
 
     def metadata(self) -> dict[str, Any]:
         """Geometry, text and sampling settings, as pictures with these weights need them."""
-        names = ("prompt", "training_prompt", "shape", "guidance", "steps", "skip", "until", "weight", "combine")
+        names = (
+            "prompt",
+            "training_prompt",
+            "shape",
+            "guidance",
+            "steps",
+            "skip",
+            "until",
+            "weight",
+            "combine",
+        )
         settings = {name: getattr(self.config, name) for name in names}
         return {
             "resolution": self.resolution,

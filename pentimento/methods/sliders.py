@@ -84,7 +84,9 @@ class TextSlider(DevMethod):
             if empty := [name for name in TEXTS if not getattr(self, name).strip()]:
                 raise ValueError(f"{empty[0]} is empty; the slider is learnt from three prompts")
             if self.positive == self.negative:
-                raise ValueError(f"positive and negative are both {self.positive!r}; there is nothing to learn")
+                raise ValueError(
+                    f"positive and negative are both {self.positive!r}; there is nothing to learn"
+                )
 
     @property
     def prompts(self) -> list[list[str]]:
