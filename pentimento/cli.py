@@ -248,8 +248,8 @@ def export(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For lora: rank, steps, lr, batch_size.")
     ] = None,
     *,
-    to: Annotated[str, typer.Option(help="diffusers, comfyui, or lora: experts made plain.")],
-    out: Annotated[Path, typer.Option(help="A .safetensors file, or a folder for one.")],
+    to: Annotated[str, typer.Option(help="diffusers, comfyui, pairedit (.pt), or lora: experts made plain.")],
+    out: Annotated[Path, typer.Option(help="The file, or a folder for it.")],
 ) -> None:
     """Write an adapter for other programs.
 

@@ -68,7 +68,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
             candidates=several,
         )
         if not request.prompts:
-            lookup.check_instruction(request.what, request.at)
+            lookup.check_instruction(request.what, request.at, request.overrides)
         judge = options.open_judge() if several > 1 else None
         jobs = learn(jobs, request, say)
         editor = _load(request, say)

@@ -63,18 +63,16 @@ def find(what: str | Path, *, at: int | None = None, overrides: Sequence[str] = 
     return Found(setup=setup, place=place, record=record, default=default, notes=notes)
 
 
-def check_instruction(what: str | Path, at: int | None = None) -> None:
-    """Check, without loading any weights, that an edit may go without an instruction; arguments as for ``load``.
+def check_instruction(what: str | Path, at: int | None = None, overrides: Sequence[str] = ()) -> None:
+    """Check, without loading any weights, that an edit may go without an instruction; arguments as for ``find``.
 
     Raises:
-        UserError: it may not, or what ``load`` raises for what is no run and no adapter.
+        UserError: it may not, or what ``find`` raises for what is no run and no adapter.
     """
-    path = Path(what)
-    place = place_of(path, at)
-    run_prompt = recipe_.load(path).data.prompt if (path / runfolder.RECIPE).is_file() else None
     # Of files of others nothing is known, and `load` says first what else is missing.
-    if record_of(place) and trained_prompt(place, run_prompt) is None:
-        raise UserError(f"{path}: {NO_INSTRUCTION}")
+    known = record_of(place_of(Path(what), at))
+    if known and find(what, at=at, overrides=overrides).prompt is None:
+        raise UserError(f"{what}: {NO_INSTRUCTION}")
 
 
 def trained_prompt(place: Path, default: str | None = None) -> str | None:

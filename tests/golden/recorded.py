@@ -26,9 +26,9 @@ class Recorded:
         return self.uniforms.pop(0)
 
 
-def tiny(root: Path) -> Flux:
+def tiny(root: Path, folder: str = "tiny_flux_fill", variant: loading.Variant = "fill") -> Flux:
     """The recorded checkpoint; subsets hold no text encoders, so it is put together from its parts."""
-    weights = loading.Weights(name="golden", folder=root / "tiny_flux_fill", variant="fill")
+    weights = loading.Weights(name="golden", folder=root / folder, variant=variant)
     transformer = loading.load_transformer(weights, torch.float32)
     scheduler = loading.load_scheduler(weights)
     return Flux(weights, transformer, scheduler, device=torch.device("cpu"), dtype=torch.float32)
