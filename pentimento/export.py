@@ -23,7 +23,7 @@ from .errors import UserError
 from .schema import Origin
 from .specs import ExpertLoRA, LoRA
 
-TARGETS = ("diffusers", "comfyui", "pairedit", "lora")
+TARGETS = ("diffusers", "comfyui", "lora", "pairedit")
 PROOF = "proof"
 PAIREDIT_NAME = "semantic.pt"
 PAIREDIT_RANK = 16

@@ -21,13 +21,12 @@ from .recipe import Recipe, Setup
 FOLDER = "inversions"
 SHARED = ("resolution", "shape", "max_sequence_length")
 """Settings of a slider that the photograph's own adapter must have too: both draw the same picture together."""
-LAYERS = ("targets", "rank", "alpha")
 NOT_IN_THE_KEY = ("device", "attention", "compile", "offload", "gradient_checkpointing")
 """Settings of the backbone that say where and how fast, but not what is learnt."""
 
 
 def recipe_for(setup: Setup, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that learns a photograph for a slider: same base model, geometry and layers.
+    """The recipe that learns a photograph for a slider: on the same base model, in the same geometry.
 
     Raises:
         UserError: the slider's method needs none, or an override that the recipe does not know.
@@ -39,7 +38,6 @@ def recipe_for(setup: Setup, overrides: Sequence[str] = ()) -> Recipe:
     raw["backbone"] = schema.plain(setup.backbone)
     given = schema.plain(setup.config)
     raw["config"] |= {key: given[key] for key in SHARED}
-    raw["config"]["lora"] = {key: given["lora"][key] for key in LAYERS}
     return recipe_.build(raw, recipe_.override(raw, origin, overrides))
 
 

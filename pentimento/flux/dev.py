@@ -1,7 +1,7 @@
 """Edits as sliders on FLUX.1 [dev]: pictures of prompts, and of photographs that a LoRA knows by heart.
 
 One adapter, ``semantic``, carries the edit. It acts from some step on, so that the layout is the base model's. A photograph
-is drawn by an adapter ``content`` that was trained on it alone; then the velocities of both are blended, as PairEdit does
+is drawn by an adapter ``photo`` that was trained on it alone; then the velocities of both are blended, as PairEdit does
 (arXiv:2506.07992). Shapes: ``B`` pictures, ``T`` tokens of 64 channels; ``grid`` is (rows, columns) of tokens.
 """
 
@@ -24,7 +24,7 @@ from . import sampling
 from .backbone import Flux, Text
 from .method import FluxMethod
 
-EDIT, PHOTO = inspection.MAIN, "content"
+EDIT, CONTENT, PHOTO = inspection.MAIN, "content", "photo"
 ATTENTION = (
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     r"|single_transformer_blocks\.\d+\.attn\.to_[qkv]"
@@ -105,7 +105,7 @@ class Drawing:
     until: int
     """The edit acts before this step."""
     photo: bool
-    """The picture is the photograph that adapter ``content`` knows."""
+    """The picture is the photograph that adapter ``photo`` knows."""
 
 
 class DevMethod(FluxMethod):
@@ -245,8 +245,8 @@ class DevMethod(FluxMethod):
             if self.config.combine == "merged":
                 return velocity(x_t, sigma, **{PHOTO: 1.0, **edit})
             edited = velocity(x_t, sigma, **edit)
-            content = velocity(x_t, sigma, **{PHOTO: 1.0})
-            return content + self.config.weight * (edited - content)
+            plain = velocity(x_t, sigma, **{PHOTO: 1.0})
+            return plain + self.config.weight * (edited - plain)
 
         return of_photo if how.photo else of_prompt
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters import LoRA
 from ..errors import UserError
 from ..flux.backbone import Flux
-from ..flux.dev import PHOTO, Drawing
+from ..flux.dev import CONTENT, Drawing
 from ..flux.sampling import VelocityFn
 from ..method import Example
 from .pairedit import PairMethod, PairTraining
@@ -27,7 +27,7 @@ class Inversion(PairMethod):
     """One LoRA, ``content``, of one picture."""
 
     called = "inversion"
-    main = PHOTO
+    main = CONTENT
     per_photo = ""
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Inversion(PairMethod):
     @classmethod
     def loras(cls, config: Any) -> Mapping[str, LoRA]:
         """The adapter that knows the picture."""
-        return {PHOTO: config.lora}
+        return {CONTENT: config.lora}
 
     def __init__(self, backbone: Flux, config: Any):
         super().__init__(backbone, config)

@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters import LoRA
-from ..flux.dev import EDIT, PHOTO, DevMethod, Sampling
+from ..flux.dev import CONTENT, EDIT, DevMethod, Sampling
 
 if TYPE_CHECKING:
     from ..train import Draws
-
-CONTENT, SEMANTIC = PHOTO, EDIT
 
 Losses = Iterator[tuple[str, Tensor]]
 
@@ -149,7 +147,7 @@ class PairEdit(PairMethod):
     @classmethod
     def loras(cls, config: Any) -> Mapping[str, LoRA]:
         """Content, unless it is left out, and semantic."""
-        return {CONTENT: config.lora, SEMANTIC: config.lora} if config.content else {SEMANTIC: config.lora}
+        return {CONTENT: config.lora, EDIT: config.lora} if config.content else {EDIT: config.lora}
 
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Losses:
         """First the content adapter alone, then the semantic one on top of it, which is frozen but acts."""

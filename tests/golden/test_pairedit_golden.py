@@ -451,5 +451,5 @@ def test_a_step_before_the_skip_is_the_base_models(golden_dir: Path) -> None:
         velocity = method.steered(how)
         for step in (2, 3):
             velocity(torch.zeros(1, 1, 1), torch.zeros(1), step)
-    edited, content = {"semantic": 0.5}, {"content": 1.0}
-    assert used == [{}, edited, edited, content, edited, content]
+    edited, photo = {"semantic": 0.5}, {"photo": 1.0}
+    assert used == [{}, edited, edited, photo, edited, photo]
