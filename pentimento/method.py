@@ -128,6 +128,11 @@ class Method(ABC):
             views["mask-white-changes"] = example.mask
         return {name: resize(picture, self.size(*picture.size)) for name, picture in views.items()}
 
+    def preview(self, example: Example, settings: EditSettings) -> dict[str, Image]:
+        """What is shown while training, by title: of a held-out pair its edit, which is called ``result`` and measured."""
+        shown = {"source": example.source, "result": self.edit(example, settings), "target": example.target}
+        return {title: picture for title, picture in shown.items() if picture is not None}
+
     def text(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
         return prompt

@@ -8,7 +8,7 @@ is drawn by an adapter ``photo`` that was trained on it alone; then the velociti
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,14 @@ class DevMethod(FluxMethod):
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5 states ``(B, S, C)`` and CLIP vectors ``(B, D)`` of the text of training, whatever the prompts."""
         text = self.flux.encode_prompts([self.text(p) for p in prompts], self.text_length)
+        # Remembered, so that samples drawn while training need no text encoder in memory.
+        self.flux.encode_prompts([self.config.prompt], self.text_length)
         return {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
+
+    def preview(self, example: Example, settings: EditSettings) -> dict[str, Image]:
+        """The configuration's prompt without and with the edit; of a photograph nothing could be shown."""
+        drawn = Example(prompt=self.config.prompt)
+        return {f"scale {scale}": self.edit(drawn, replace(settings, scale=scale)) for scale in (0, 1)}
 
     def predict(self, x_t: Tensor, sigma: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Velocity ``(B, T, 64)`` in float32 with the adapters as they are set, for a batch of encoded pictures and texts."""
