@@ -168,7 +168,7 @@ def plan(
         )
     if single and total > 1:
         raise UserError(f"--out {out} is one file, but there are {total} results; name a folder")
-    _check_folder(out.parent if single else out)
+    check_folder(out.parent if single else out)
     stems = _stems([Path(p) for p in pictures])
     jobs = []
     for name, stem, texts in zip(pictures, stems, given, strict=True):
@@ -327,8 +327,8 @@ def _stems(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
-def _check_folder(folder: Path) -> None:
-    """It is made when there is something to write; but nothing may stand in its way."""
+def check_folder(folder: Path) -> None:
+    """A folder of results is made when there is something to write; ``UserError`` where something stands in its way."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--out: {folder} cannot be made a folder, because {nearest} is a file")

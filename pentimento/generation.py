@@ -144,6 +144,7 @@ def plan(prompts: Sequence[str], variants: Sequence[Variant], options: Options, 
         )
         for prompt, v in pairs
     ]
+    editing.check_folder(out.parent if single else out)
     names = [one.path for one in drawn]
     if twice := sorted({str(path) for path in names if names.count(path) > 1}):
         raise UserError(f"{twice[0]} would be written twice; give prompts, strengths or skips that differ")

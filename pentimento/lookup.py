@@ -60,7 +60,13 @@ def find(what: str | Path, *, at: int | None = None, overrides: Sequence[str] = 
     settings = record.get("settings", {})
     raw["config"] = {k: settings.get(k) if v is None else v for k, v in raw["config"].items()}
     setup = recipe_.build_setup(raw, recipe_.override(raw, Origin(name=str(origin)), overrides))
-    return Found(setup=setup, place=place, record=record, default=default, notes=notes)
+    found = Found(setup=setup, place=place, record=record, default=default, notes=notes)
+    main = found.method.main
+    if place.is_file() and main and record.get("adapter", main) != main:
+        raise UserError(
+            f"{place} is the adapter {record['adapter']!r}, which does not carry the edit; name that of {main!r}, or the run folder"
+        )
+    return found
 
 
 def check_instruction(what: str | Path, at: int | None = None, overrides: Sequence[str] = ()) -> None:

@@ -353,11 +353,6 @@ def load(
 def _fill(method: Method, found: lookup.Found) -> None:
     """Load the weights; a lone file is the main adapter, the only one that an edit needs."""
     lone = found.place.is_file() and len(method.adapters.specs) > 1
-    recorded = found.record.get("adapter", method.main)
-    if lone and recorded != method.main:
-        raise UserError(
-            f"{found.place} is the adapter {recorded!r}, which does not carry the edit; name that of {method.main!r}, or the run folder"
-        )
     method.adapters.load(found.place, method.main if lone else None)
 
 
