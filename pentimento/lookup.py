@@ -13,9 +13,7 @@ from .recipe import Recipe, Setup
 from .recipes import shipped
 from .schema import Origin
 
-NO_INSTRUCTION = (
-    "say what to change with --instruction: the training pairs had no prompt in common that could stand for it"
-)
+NO_INSTRUCTION = "say what to change with --instruction: the training pairs had no prompt in common that could stand for it"
 
 
 @dataclass(frozen=True, kw_only=True)
