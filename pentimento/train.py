@@ -271,11 +271,10 @@ def fit(
     for step in range(begun + 1, stage.steps + 1):
         start = time.perf_counter()
         # Restarted in every step, so that nothing drawn elsewhere (samples, workers) can change what follows.
-        set_seed(derive(run.seed, name, step, accelerator.process_index) % 2**32)
+        key = (run.seed, name, step)
+        set_seed(derive(*key, accelerator.process_index) % 2**32)
         with explained_memory(name):
-            losses, trained = backward(
-                method, stage, samples, stream, accelerator, step=(run.seed, name, step)
-            )
+            losses, trained = backward(method, stage, samples, stream, accelerator, step=key)
             average_gradients(params, accelerator)
             means, stopping = agree(losses, stop.requested, accelerator)
             grad_norm = float(accelerator.clip_grad_norm_(params, stage.max_grad_norm or math.inf))
@@ -285,13 +284,10 @@ def fit(
             optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:  # fp16: gradients overflowed, the scale was lowered
             schedule.step()
-        seconds = time.perf_counter() - start
+        took = time.perf_counter() - start
 
         if watch:
-            done = report(
-                step=step, losses=means, trained=trained, grad_norm=grad_norm, lr=lr, seconds=seconds
-            )
-            watch(done)
+            watch(report(step=step, losses=means, trained=trained, grad_norm=grad_norm, lr=lr, seconds=took))
         if accelerator.num_processes == 1:
             stopping = stop.requested  # several must agree, which they do in the next step
         due = step % stage.save_every == 0 or step in stage.keep_steps or step == stage.steps
