@@ -1,0 +1,202 @@
+"""Infinity's visual tokenizer: a convolutional autoencoder around binary spherical quantisation.
+
+Modules are named as in the published ``infinity_vae_d*.pth`` files, so these load as they are.
+
+Shapes: pictures (B, 3, H, W) in [-1, 1]; features (B, d, H / stride, W / stride).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantizer import Quantizer
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Sizes; the defaults are those of ``infinity_vae_d32reg``."""
+
+    width: int = 32
+    """Bits per vector, d."""
+    channels: int = 128
+    """Of the convolutions at full resolution."""
+    factors: tuple[int, ...] = (1, 2, 4, 4, 4)
+    """Of ``channels``, per resolution from fine to coarse."""
+    blocks: int = 2
+    """Residual blocks per resolution of the encoder; the decoder has one more."""
+    stride: int = 16
+    """Pixels per vector along a side."""
+    patch: int = 1
+    """Vectors per token along a side; 2 for the autoencoder of Infinity 8B."""
+    groups: int | None = None
+    """Of the group norms; published models have 32, or 24 where channels ask for it."""
+
+    @property
+    def downsamplings(self) -> int:
+        return self.stride.bit_length() - 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels per resolution from fine to coarse."""
+        return tuple(self.channels * f for f in self.factors)
+
+
+class Conv(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Norm(nn.Module):
+    def __init__(self, channels: int, groups: int | None):
+        super().__init__()
+        if groups is None:
+            groups = 24 if channels % 24 == 0 and channels % 32 else 32
+        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, groups: int | None):
+        super().__init__()
+        self.norm1, self.conv1 = Norm(inputs, groups), Conv(inputs, outputs)
+        self.norm2, self.conv2 = Norm(outputs, groups), Conv(outputs, outputs)
+        if inputs != outputs:
+            self.nin_shortcut = Conv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return (self.nin_shortcut(x) if "nin_shortcut" in self._modules else x) + y
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv(channels, channels)
+        self.conv.conv.stride, self.conv.conv.padding = (2, 2), (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; what resizes after them comes last."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, groups: int | None):
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResidualBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in (*self.block, *list(self.children())[1:]):
+            x = module(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int | None):
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels, groups)
+        self.block_2 = ResidualBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.block_1(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        widths, groups = config.widths, config.groups
+        self.conv_in = Conv(3, config.channels)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[i - 1] if i else config.channels, width, config.blocks, groups)
+            if i < config.downsamplings:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = Norm(widths[-1], groups)
+        self.conv_out = Conv(widths[-1], config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        widths, groups = config.widths, config.groups
+        self.conv_in = Conv(config.width, widths[-1])
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1, groups)
+            if 1 <= i <= config.downsamplings:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = Norm(widths[0], groups)
+        self.conv_out = Conv(widths[0], 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Tokenizer(nn.Module):
+    """Pictures to features and back; ``quantizer`` makes bits of features and codes of bits."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantizer = Quantizer(config.width, config.patch)
+        # The published files hold the quantiser's buffer under both names.
+        self.quantize = self.quantizer
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Features in float32, before any quantisation."""
+        return self.encoder(pictures).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures in [-1, 1] of a sum of codes."""
+        return self.decoder(z).clamp(-1, 1)
+
+
+def config_of(state: Mapping[str, Tensor]) -> TokenizerConfig:
+    """The sizes of a published autoencoder's weights (groups by its rule)."""
+    levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
+    channels = state["encoder.conv_in.conv.weight"].shape[0]
+    factors = tuple(
+        state[f"encoder.down.{i}.block.0.conv1.conv.weight"].shape[0] // channels for i in range(levels)
+    )
+    blocks = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
+    stride = 2 ** sum(f"encoder.down.{i}.downsample.conv.conv.weight" in state for i in range(levels))
+    return TokenizerConfig(
+        width=state["encoder.conv_out.conv.weight"].shape[0], channels=channels, factors=factors, blocks=blocks,
+        stride=stride, patch=16 // stride,
+    )  # fmt: skip
