@@ -85,9 +85,7 @@ class Quantizer(nn.Module):
         """Code maps (B, d, H, W) of unit vectors, float32."""
         return (bits.float() * 2 - 1) * self.width**-0.5
 
-    def levels(
-        self, features: Tensor, schedule: Schedule, flips: Flips | None = None
-    ) -> Iterator[Level]:
+    def levels(self, features: Tensor, schedule: Schedule, flips: Flips | None = None) -> Iterator[Level]:
         """Quantise float32 ``features`` (B, d, H, W), one scale after the other.
 
         With ``flips`` later scales see wrong bits of earlier ones, and their own right bits are those that make good for it:

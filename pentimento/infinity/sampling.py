@@ -5,16 +5,19 @@ Shapes as in ``transformer`` and ``quantizer``; under guidance the batch is doub
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .quantizer import Quantizer, up
 from .scales import Schedule
-from .transformer import Cache, Condition, InfinityTransformer, Place, Text, Watch
+from .transformer import Cache, Condition, InfinityTransformer, Place, Text
 
 EditCode = Callable[[int, Tensor], Tensor]
 """From a scale's index and its codes, resized to the last grid, to those that count in their place."""
+WatchAll = Callable[[int, int, Tensor], None]
+"""Is given indices of scale and block, and that block's cross attention (B, H, h * w, S) after the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,7 @@ class Sampling:
 
     def per_scale(self, scales: int) -> tuple[list[float], list[float]]:
         """Guidance and temperature of every scale."""
-        cfg, tau = (
-            list(v) if isinstance(v, Sequence) else [v] * scales for v in (self.cfg, self.tau)
-        )
+        cfg, tau = (list(v) if isinstance(v, Sequence) else [v] * scales for v in (self.cfg, self.tau))
         return cfg, tau
 
 
@@ -45,7 +46,7 @@ class Interventions:
     """What reaches into the drawing of scales."""
 
     edit_code: EditCode | None = None
-    watch: Watch | None = None
+    watch: WatchAll | None = None
     given: Mapping[int, Tensor] = field(default_factory=dict)
     """Bits (B, d, H, W) of some scales that count instead of the drawn ones."""
 
@@ -67,7 +68,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         p = p * (logits == logits.max(-1, keepdim=True).values)
     if sampling.top_p > 0:
         lowest = p.min(-1, keepdim=True).values
-        p = torch.where((p == lowest) & (p < p.max(-1, keepdim=True).values) & (lowest <= 1 - sampling.top_p), 0, p)
+        p = torch.where(
+            (p == lowest) & (p < p.max(-1, keepdim=True).values) & (lowest <= 1 - sampling.top_p), 0, p
+        )
     return p / p.sum(-1, keepdim=True)
 
 
@@ -93,23 +96,27 @@ def draw(
         condition = joined(condition, model.condition(against or model.without_text(text)))
     guide = {model.config.depth + n for n in sampling.cfg_blocks if n < 0}
     on_logits = not sampling.cfg_blocks or 0 in sampling.cfg_blocks
-    rotation, cache = model.rotation(schedule), Cache(model.config.depth)
+    rotation, caches = model.rotation(schedule), [Cache() for _ in range(model.config.depth)]
     last = quantizer.grids(schedule)[-1]
     total, drawn = torch.zeros(count, quantizer.width, *last, device=rotation.device), []
     tokens: Tensor | None = None
     for k, (start, end) in enumerate(schedule.spans):
         x = model.embed(tokens, condition, k)
-        place = Place(rotation[:, start:end], ((0, end - start),), cache)
-        for block in model.blocks:
-            x = block(x, condition.modulation, condition.context, place, interventions.watch)
-            if block.index in guide and cfg[k] != 1:
+        watch = interventions.watch
+        for i, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
+            place = Place(rotation[:, start:end], ((0, end - start),), cache)
+            seen = None if watch is None else partial(watch, k, i)
+            x = block(x, condition.modulation, condition.context, place, seen)
+            if i in guide and cfg[k] != 1:
                 mixed = cfg[k] * x[:count] + (1 - cfg[k]) * x[count:]
                 x = torch.cat([mixed, mixed])
         logits = model.logits(x, condition) / tau[k]
         if cfg[k] != 1 and on_logits:
             logits = cfg[k] * logits[:count] + (1 - cfg[k]) * logits[count:]
         p = probabilities(logits[:count], sampling)
-        chosen = torch.multinomial(p.flatten(0, 2), 1, replacement=True, generator=generator).view(p.shape[:3])
+        chosen = torch.multinomial(p.flatten(0, 2), 1, replacement=True, generator=generator).view(
+            p.shape[:3]
+        )
         bits = quantizer.to_maps(chosen, schedule.grids[k]) == 1
         bits = interventions.given.get(k, bits)
         drawn.append(bits)
@@ -130,9 +137,17 @@ def joined(a: Condition, b: Condition) -> Condition:
     for text in (a.context, b.context):
         n, rows = text.features.shape[:2]
         parts.append(torch.nn.functional.pad(text.features, (0, 0, 0, length - rows)))
-        mask = text.mask if text.mask is not None else torch.ones(n, rows, dtype=torch.bool, device=text.features.device)
+        mask = (
+            text.mask
+            if text.mask is not None
+            else torch.ones(n, rows, dtype=torch.bool, device=text.features.device)
+        )
         masks.append(torch.nn.functional.pad(mask, (0, length - rows)))
     mask = torch.cat(masks)
-    unmasked = a.context.mask is None and b.context.mask is None and a.context.features.shape[1] == b.context.features.shape[1]
+    unmasked = (
+        a.context.mask is None
+        and b.context.mask is None
+        and a.context.features.shape[1] == b.context.features.shape[1]
+    )
     context = Text(torch.cat(parts), None if unmasked else mask)
     return Condition(torch.cat([a.pooled, b.pooled]), torch.cat([a.modulation, b.modulation]), context)

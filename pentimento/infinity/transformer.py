@@ -21,8 +21,8 @@ from .scales import Schedule
 EPS = 1e-6
 MAX_SCALE = math.log(100)
 Span = tuple[int, int]
-Watch = Callable[[int, Tensor], None]
-"""Is given a block's index and its cross attention (B, H, L, S) after the softmax."""
+Watch = Callable[[Tensor], None]
+"""Is given the cross attention (B, H, L, S) of a block, after the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +70,16 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the scales drawn so far, for every block."""
+    """One block's keys and values of the scales drawn so far."""
 
-    def __init__(self, depth: int):
-        self._parts: list[tuple[Tensor, Tensor] | None] = [None] * depth
+    def __init__(self) -> None:
+        self._past: tuple[Tensor, Tensor] | None = None
 
-    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of a scale; all so far (B, H, K, D) come back."""
-        past = self._parts[block]
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        self._parts[block] = (k, v)
+        if self._past is not None:
+            k, v = torch.cat([self._past[0], k], 2), torch.cat([self._past[1], v], 2)
+        self._past = (k, v)
         return k, v
 
 
@@ -108,7 +107,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, place: Place, block: int) -> Tensor:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         qkv = self.mat_qkv(x)
         if self.biased:
             qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
@@ -117,7 +116,7 @@ class SelfAttention(nn.Module):
         q = rotate(q, place.rotation).to(v.dtype)
         k = rotate(F.normalize(k.float(), dim=-1), place.rotation).to(v.dtype)
         if place.cache is not None:
-            k, v = place.cache.extend(block, k, v)
+            k, v = place.cache.extend(k, v)
         seen = k.shape[2] - q.shape[2]
         out = [
             F.scaled_dot_product_attention(
@@ -170,7 +169,7 @@ class CrossAttention(_TextAttention):
         super().__init__(config, config.width, config.heads)
         self.mat_q = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, text: Text, watch: Callable[[Tensor], None] | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Text, watch: Watch | None = None) -> Tensor:
         q = self.mat_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.keys_values(text.features)
         if watch is not None:
@@ -236,7 +235,6 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig, index: int):
         super().__init__()
-        self.index = index
         self.drop = config.drop_path * index / max(1, config.depth - 1)
         self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, config.width))
         self.sa, self.ca = SelfAttention(config), CrossAttention(config)
@@ -248,9 +246,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """``modulation`` (B, 1, 6, C): gates, scales and shifts of self-attention and of the feed-forward layer."""
         gate1, gate2, scale1, scale2, shift1, shift2 = (self.ada_gss + modulation).unbind(2)
-        x = x + self._dropped(gate1 * self.sa(normed(x) * (1 + scale1) + shift1, place, self.index))
-        seen = None if watch is None else lambda attention: watch(self.index, attention)
-        x = x + self.ca(self.ca_norm(x), text, seen)
+        x = x + self._dropped(gate1 * self.sa(normed(x) * (1 + scale1) + shift1, place))
+        x = x + self.ca(self.ca_norm(x), text, watch)
         return x + self._dropped(gate2 * self.ffn(normed(x) * (1 + scale2) + shift2))
 
     def _dropped(self, branch: Tensor) -> Tensor:
@@ -319,9 +316,7 @@ class InfinityTransformer(nn.Module):
         normal = text._replace(features=self.text_norm(text.features))
         pooled = self.text_proj_for_sos(normal)
         modulation = self.shared_ada_lin(pooled).float().unflatten(1, (1, 6, -1))
-        return Condition(
-            pooled, modulation, text._replace(features=self.text_proj_for_ca(normal.features))
-        )
+        return Condition(pooled, modulation, text._replace(features=self.text_proj_for_ca(normal.features)))
 
     def without_text(self, text: Text) -> Text:
         """As many rows as ``text`` has, but the ones that stand for no text."""
