@@ -49,7 +49,7 @@ class Words:
         """``folder``: one with ``tokenizer_2`` and ``text_encoder_2``, as the pocket FLUX models have."""
         self.device = device
         self.tokenizer = TextTokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
-        encoder = T5EncoderModel.from_pretrained(str(folder / "text_encoder_2"), dtype=torch.float32)
+        encoder = T5EncoderModel.from_pretrained(str(folder / "text_encoder_2")).float()
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 
     def table(self, texts: list[str]) -> Tensor:

@@ -71,7 +71,7 @@ def sheet(rows: list[Tensor]) -> Image.Image:
 
 def main(folder: Path, text: Path, out: Path, device: torch.device, count: int) -> None:
     artist = Artist(folder, text, device)
-    x = bsq.test_pictures(4 * count, device)
+    x = bsq.test_pictures(max(16, 4 * count), device)
     y = bsq.round_trip(artist.tokenizer, x)
     report: dict[str, object] = {"round_trip": round(bsq.psnr(y, x).mean().item(), 3)}
     scenes = [world.draw(n) for n in itertools.islice(world.seeds("test"), 64)]

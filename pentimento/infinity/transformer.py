@@ -10,6 +10,7 @@ S text tokens, d bits per token. The residual stream is float32, also under auto
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -333,8 +334,7 @@ class InfinityTransformer(nn.Module):
 
     def rotation(self, schedule: Schedule) -> Tensor:
         """Rotary table (2, L, D / 2) of a schedule."""
-        positions = schedule.positions().to(self.pos_start.device)
-        return rotations(positions, self.config.width // self.config.heads)
+        return _tables(schedule, self.config.width // self.config.heads, self.pos_start.device)[0]
 
     def logits(self, x: Tensor, condition: Condition) -> Tensor:
         """Of both values of every bit, (B, L, d, 2) float32."""
@@ -345,13 +345,21 @@ class InfinityTransformer(nn.Module):
         condition = self.condition(text)
         start = condition.pooled[:, None] + self.pos_start
         x = torch.cat([start, self.word_embed(inputs).float()], 1)
-        counts = torch.tensor([end - begin for begin, end in schedule.spans], device=x.device)
-        scale_of = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+        rotation, scale_of = _tables(schedule, self.config.width // self.config.heads, x.device)
         x = x + self.lvl_embed(scale_of)
-        place = Place(self.rotation(schedule), schedule.spans)
+        place = Place(rotation, schedule.spans)
         for block in self.blocks:
             x = block(x, condition.modulation, condition.context, place)
         return self.logits(x, condition)
+
+
+@lru_cache(maxsize=4)
+def _tables(schedule: Schedule, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotary table and the scale (L,) of every token."""
+    # Made on the CPU and kept: making them on a GPU in every step would make the step wait.
+    counts = torch.tensor([end - begin for begin, end in schedule.spans])
+    scale_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return rotations(schedule.positions(), head_width).to(device), scale_of.to(device)
 
 
 @torch.no_grad()
