@@ -3,7 +3,8 @@
 python -m benchmarks.instructions --out FOLDER [--recipe icedit] [--pairs 1500] [--steps 1500] [--cases 30] [key=value ...]
 
 Per task the same cases are asked for in a wording of training and in one that training never saw; nothing is pasted back. Beside
-the adapter stand its untrained base and the autoencoder alone. ``--run RUN`` measures a run that exists.
+the adapter stand its untrained base and the autoencoder alone. ``--run WHAT`` measures a run or an adapter file that exists.
+``--candidates 6`` adds searches: with the exact judge, and with one that lies in a fifth of its answers.
 """
 
 import argparse
@@ -15,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 import pentimento
-from pentimento import images, recipe, run
+from pentimento import images, recipe, run, scaling
 from pentimento.flux.backbone import Flux
 from pentimento.flux.config import FluxConfig
+from pentimento.judges import Judge, Unreliable, exact
 from pentimento.metrics import interval
 from pentimento.pocket import dataset, score
 from pentimento.pocket.captions import TEST_PHRASING
-from pentimento.pocket.tasks import cases
+from pentimento.pocket.tasks import Case, cases
 
 TASKS = ("recolour", "add", "remove", "replace", "background")
 WORDINGS = {"seen wording": 0, "unseen wording": TEST_PHRASING}
@@ -46,6 +49,27 @@ def train(args: argparse.Namespace) -> tuple[Path, float]:
     return args.out / "run", time.perf_counter() - began
 
 
+def searches(
+    editor: pentimento.Editor, chosen: list[Case], args: argparse.Namespace
+) -> dict[str, score.Score]:
+    """Scores of the best of several candidates, by judge."""
+    judges: dict[str, Judge] = {
+        "exact judge": exact.Exact(),
+        "judge wrong in 20 %": Unreliable(judge=exact.Exact(), probability=0.2),
+    }
+    made = {}
+    for name, judge in judges.items():
+        settings = scaling.Search(candidates=args.candidates, early_steps=args.early_steps)
+
+        def edit(
+            image: Image, words: str, judge: Judge = judge, settings: scaling.Search = settings
+        ) -> Image:
+            return editor.search(image, instruction=words, search=settings, judge=judge).picture
+
+        made[f"{args.candidates} candidates, {name}"] = score.run(edit, chosen)
+    return made
+
+
 def measure(editor: pentimento.Editor, task: str, args: argparse.Namespace) -> dict[str, score.Score]:
     """Scores of one task by row of the table; writes its sheet."""
     made: dict[str, score.Score] = {}
@@ -55,6 +79,8 @@ def measure(editor: pentimento.Editor, task: str, args: argparse.Namespace) -> d
     worst = made["unseen wording"]
     sheet = score.wide_sheet(chosen[:16], worst.pictures[:16], [not ok for ok in worst.success[:16]])
     images.save_image(sheet, args.out / f"{task}.png")
+    if args.candidates > 1:
+        made |= searches(editor, chosen, args)
     if not args.trained_only:
         made["untrained base"] = score.run(
             lambda image, words: editor.edit(image, instruction=words, scale=0.0), chosen
@@ -78,10 +104,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Instructed edits on the drawn world.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", default="icedit")
-    parser.add_argument("--run", type=Path, help="measure this run instead of training one")
+    parser.add_argument("--run", type=Path, help="measure this run or adapter file instead of training one")
     parser.add_argument("--pairs", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--cases", type=int, default=30)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--candidates", type=int, default=1)
+    parser.add_argument("--early-steps", type=int, default=10)
     parser.add_argument("--trained-only", action="store_true", help="leave the base and the autoencoder out")
     args, overrides = parser.parse_known_args()
     args.overrides = overrides
@@ -94,7 +123,7 @@ def main() -> None:
         print(f"{args.recipe}: {args.pairs} pairs, {args.steps} steps, {seconds:.0f} s of training")
     editor = run.load(folder)
     scores: dict[str, dict[str, score.Score]] = {}
-    for task in TASKS:
+    for task in args.tasks:
         scores[task] = measure(editor, task, args)
         print(f"\n{task}")
         for row in score.table(scores[task]):

@@ -226,6 +226,8 @@ def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequenc
 
 def _per_picture(instructions: Sequence[str], count: int) -> list[tuple[str, ...]]:
     texts = tuple(instructions)
+    if any(not text.strip() for text in texts):
+        raise UserError("--instruction is empty; say what is to change")
     if count == 1 or len(texts) <= 1:
         return [texts] * count
     if len(texts) != count:

@@ -97,7 +97,7 @@ def numbers(report: Report) -> dict[str, float]:
         return {}
     parts = {f"loss_{key}": value for key, value in report.losses.items()} if len(report.losses) > 1 else {}
     return {
-        "loss": sum(report.losses.values()),
+        "loss": sum(report.losses[key] for key in report.trained),
         **parts,
         "grad_norm": report.grad_norm,
         "lr": report.lr,
@@ -137,22 +137,23 @@ class Gallery:
     def _due(self, report: Report, every: int) -> bool:
         return every > 0 and (report.step % every == 0 or report.step == report.steps)
 
-    @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Means over all held-out pairs, each with the same draws every time."""
+        """Means over all held-out pairs, each with the same draws every time; ``held_out_loss`` is of those that train."""
         sums: dict[str, float] = {}
+        total = 0.0
         count = len(self.held_out) * REPEATS
         device = next(iter(self.method.adapters.host.parameters())).device
         for index in range(len(self.held_out)):
             for repeat in range(REPEATS):
                 draws = Draws([(self.seed, "held-out", repeat, index)], device)
-                batch = self.held_out.batch([index], draws)
+                with torch.no_grad():
+                    batch = self.held_out.batch([index], draws)
+                # With gradients, though none are taken: they tell which of the numbers are trained.
                 for key, loss in self.method.losses(batch, draws):
-                    sums[key] = sums.get(key, 0.0) + float(loss) / count
-        total = {"held_out_loss": sum(sums.values())}
-        return (
-            total if len(sums) == 1 else {**total, **{f"held_out_loss_{key}": v for key, v in sums.items()}}
-        )
+                    sums[key] = sums.get(key, 0.0) + loss.item() / count
+                    total += loss.item() / count if loss.requires_grad else 0.0
+        parts = {f"held_out_loss_{key}": value for key, value in sums.items()} if len(sums) > 1 else {}
+        return {"held_out_loss": total, **parts}
 
     @torch.no_grad()
     def draw(self, report: Report) -> tuple[dict[str, float], Path | None]:

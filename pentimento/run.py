@@ -391,6 +391,8 @@ def _editor(
 ) -> Editor:
     record = _record(place)
     raw = dict(plain)
+    if other := [name for name in _named_methods(overrides) if name != raw["method"]]:
+        raise UserError(f"method={other[0]}: {origin} is of {raw['method']}; leave method out")
     # null stood for the base model's own value; the record knows what that was when the adapter was trained.
     settings = record.get("settings", {})
     raw["config"] = {k: settings.get(k) if v is None else v for k, v in raw["config"].items()}
@@ -411,13 +413,17 @@ def _record(place: Path) -> dict[str, Any]:
     return inspection.own_record(file, inspection.read_metadata(file))
 
 
+def _named_methods(overrides: Sequence[str]) -> list[str]:
+    return [o.partition("=")[2].strip() for o in overrides if o.partition("=")[0].strip() == "method"]
+
+
 def recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Method, base model and settings as a file records them; of a file of others as far as its weights tell."""
     record = _record(file)
     if record:
         backbone = {"weights": record["backbone"]["weights"]}
         return {"method": record["method"], "backbone": backbone, "config": dict(record["config"])}
-    named = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+    named = _named_methods(overrides)
     if not named:
         raise UserError(
             f"{file} does not say by which method it was trained; add method=NAME ({', '.join(recipe_.METHODS)}), and"

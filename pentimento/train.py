@@ -164,7 +164,9 @@ class Report:
     steps: int
     """Steps that the stage has."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """Means over the step's samples."""
+    """Means over the step's samples, of all that the method yielded."""
+    trained: tuple[str, ...] = ()
+    """Which of them were back-propagated; the others only tell."""
     grad_norm: float = 0.0
     """Norm of all gradients before clipping."""
     lr: float = 0.0
@@ -271,7 +273,9 @@ def fit(
         # Restarted in every step, so that nothing drawn elsewhere (samples, workers) can change what follows.
         set_seed(derive(run.seed, name, step, accelerator.process_index) % 2**32)
         with explained_memory(name):
-            losses = backward(method, stage, samples, stream, accelerator, step=(run.seed, name, step))
+            losses, trained = backward(
+                method, stage, samples, stream, accelerator, step=(run.seed, name, step)
+            )
             average_gradients(params, accelerator)
             means, stopping = agree(losses, stop.requested, accelerator)
             grad_norm = float(accelerator.clip_grad_norm_(params, stage.max_grad_norm or math.inf))
@@ -284,7 +288,10 @@ def fit(
         seconds = time.perf_counter() - start
 
         if watch:
-            watch(report(step=step, losses=means, grad_norm=grad_norm, lr=lr, seconds=seconds))
+            done = report(
+                step=step, losses=means, trained=trained, grad_norm=grad_norm, lr=lr, seconds=seconds
+            )
+            watch(done)
         if accelerator.num_processes == 1:
             stopping = stop.requested  # several must agree, which they do in the next step
         due = step % stage.save_every == 0 or step in stage.keep_steps or step == stage.steps
@@ -306,10 +313,10 @@ def backward(
     accelerator: Accelerator,
     *,
     step: tuple[int | str, ...],
-) -> dict[str, Tensor]:
-    """Add up this process's gradients of one step; returns its mean losses."""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Add up this process's gradients of one step; returns its mean losses, and which of them have gradients."""
     means: dict[str, Tensor] = {}
-    trained = False
+    trained: dict[str, None] = {}
     # Not the accelerator's, which is always the first GPU where there is but one process.
     device = method.adapters.parameters(*stage.train)[0].device
     for micro in range(stage.accumulate):
@@ -325,13 +332,13 @@ def backward(
             key, loss = named
             if loss.requires_grad:  # else it belongs to adapters that this stage does not train
                 accelerator.backward(loss / stage.accumulate)
-                trained = True
+                trained[key] = None
             means[key] = means.get(key, 0) + loss.detach().float() / stage.accumulate
     if not trained:
         raise UserError(
             f"train: no loss of the method depends on {', '.join(stage.train)}; name what it trains"
         )
-    return means
+    return means, tuple(trained)
 
 
 def average_gradients(params: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -122,6 +122,14 @@ def test_the_numbers_of_a_step(tmp_path):
     assert second["seconds"] > 0 and second["memory_gib"] > 0.01
 
 
+def test_the_loss_is_the_sum_of_what_is_trained(tmp_path):
+    """The other adapter's loss is only told."""
+    watched(tmp_path, stages={"one": Stage(train=("semantic",), steps=2)}, watch=Watch(every=1))
+    begun, *steps = lines(tmp_path / "run")
+    assert begun["held_out_loss"] == begun["held_out_loss_semantic"] != begun["held_out_loss_content"] > 0
+    assert all(step["loss"] == step["loss_semantic"] and step["loss_content"] > 0 for step in steps)
+
+
 def test_held_out_loss_has_fixed_draws(tmp_path):
     """Without learning it stays the same, and it falls when the training pairs are the held-out ones."""
     watched(tmp_path, "still", lr=1e-12)

@@ -307,7 +307,11 @@ def test_an_edit_without_an_instruction_after_training_on_several(
     for what in (several, file):
         said = refuse("edit", what, photo, "backbone.weights=absent")
         assert "--instruction" in said and "no prompt in common" in said
-    assert "absent" in refuse("edit", several, photo, "backbone.weights=absent", "--instruction", "")
+    assert "absent" in refuse("edit", several, photo, "backbone.weights=absent", "--instruction", "x")
+    assert "--instruction is empty" in refuse("edit", several, photo, "--instruction", " ")
+    for what in (several, file):
+        said = refuse("edit", what, photo, "method=icedit", "--instruction", "x")
+        assert "method=icedit" in said and "is of influxedit" in said
 
 
 @pytest.mark.parametrize(
