@@ -7,6 +7,7 @@ Shapes: B pictures, S text tokens, L picture tokens, d bits; features (B, d, 16,
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,13 +20,12 @@ from tokenizers import Tokenizer as TextTokenizer
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from pentimento.infinity.quantizer import RandomFlips
+from pentimento.infinity.quantizer import RandomFlips, to_tokens
 from pentimento.infinity.transformer import (
     InfinityTransformer,
     Text,
     TransformerConfig,
     bit_cross_entropy,
-    initialise,
 )
 
 from . import bsq, pools, saving
@@ -40,6 +40,32 @@ STRENGTH = 0.3
 DROPPED = 0.1
 """Share of captions that are dropped."""
 PEAK = 2e-3
+
+
+@torch.no_grad()
+def initialise(model: InfinityTransformer) -> None:
+    """Infinity's initial weights, for training from nothing."""
+    config = model.config
+    std = math.sqrt(1 / config.width / 3)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
+                nn.init.trunc_normal_(p, std=std)
+            elif isinstance(module, nn.Linear) and name == "bias":
+                p.zero_()
+    for p in (model.pos_start, model.text_proj_for_sos.ca.mat_q):
+        nn.init.trunc_normal_(p, std=std)
+    generator = torch.Generator().manual_seed(0)
+    rows = nn.init.trunc_normal_(torch.empty(model.cfg_uncond.shape), std=1.2, generator=generator)
+    model.cfg_uncond.copy_(rows / math.sqrt(config.text_width))
+    model.head_nm.ada_lin[1].weight.mul_(1e-3)
+    model.head.weight.mul_(0.02)
+    for block in model.blocks:
+        for linear in (block.sa.proj, block.ca.proj, block.ffn.fc2):
+            linear.weight.div_(math.sqrt(2 * config.depth))
+        block.ada_gss.normal_(std=config.width**-0.5)
+        block.ada_gss[:, :, 2:].mul_(1e-3)
+        block.ada_gss[:, :, :2].mul_(5e-6)
 
 
 class Words:
@@ -108,7 +134,7 @@ def losses(net: InfinityTransformer, world: World, batch: int) -> Callable[[floa
         with torch.no_grad():
             levels = list(world.quantizer.levels(features, bsq.SCHEDULE, flips))
             inputs = world.quantizer.inputs([level.total for level in levels], bsq.SCHEDULE)
-            bits = torch.cat([world.quantizer.to_tokens(level.bits) for level in levels], 1)
+            bits = torch.cat([to_tokens(level.bits) for level in levels], 1)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
             logits = net(inputs, dropped(net, text), bsq.SCHEDULE)
         return "bits", (bit_cross_entropy(logits, bits) * weights).sum(1).mean()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pentimento.infinity.quantizer import to_tokens
 from pentimento.infinity.sampling import Sampling, draw
 from pentimento.infinity.tokenizer import Tokenizer
 from pentimento.infinity.transformer import InfinityTransformer
@@ -55,7 +56,7 @@ class Artist:
         inputs = quantizer.inputs([level.total for level in levels], bsq.SCHEDULE)
         text = self.words.text(self.words.table([captions.caption(s) for s in scenes]))
         logits = self.net(inputs, text, bsq.SCHEDULE)
-        bits = torch.cat([quantizer.to_tokens(level.bits) for level in levels], 1)
+        bits = torch.cat([to_tokens(level.bits) for level in levels], 1)
         good = ((logits[..., 1] > logits[..., 0]) == bits).float().mean((0, 2))
         return [round(good[start:end].mean().item(), 4) for start, end in bsq.SCHEDULE.spans]
 

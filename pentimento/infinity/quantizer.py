@@ -3,9 +3,8 @@
 A vector becomes the signs of its components: ``d`` bits, whose code has the unit-norm components ``+-1 / sqrt(d)``. A feature
 map is the sum of one code map per scale, each blown up to the full grid; every scale quantises what the ones before left.
 
-Shapes: B pictures, d bits of the autoencoder, (H, W) grid of a scale for the autoencoder, (h, w) of tokens, which is the same
-unless tokens hold ``patch`` x ``patch`` vectors. Features, codes and bits are maps (B, d, H, W), bits of dtype bool; tokens are
-(B, h * w, d * patch^2).
+Shapes: B pictures, d bits per vector, (H, W) the full grid, (h, w) that of a scale, of L tokens in all. Features, codes and bits
+are maps (B, d, h, w), bits of dtype bool; tokens are (B, h * w, d), row by row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,9 +47,10 @@ class RandomFlips:
     def __call__(self, scale: int, bits: Tensor) -> Tensor:
         if scale >= self.scales:
             return torch.zeros_like(bits)
-        where = {"generator": self.generator, "device": bits.device}
-        rate = torch.randint(0, self.most + 1, (len(bits), 1, 1, 1), **where) / 100
-        return torch.rand(bits.shape, **where) < rate
+        rates = torch.randint(
+            0, self.most + 1, (len(bits), 1, 1, 1), generator=self.generator, device=bits.device
+        )
+        return torch.rand(bits.shape, generator=self.generator, device=bits.device) < rates / 100
 
 
 class _Mask(nn.Module):
@@ -66,23 +66,14 @@ class _Mask(nn.Module):
 class Quantizer(nn.Module):
     """Bits and codes of feature maps; no parameters."""
 
-    def __init__(self, width: int, patch: int = 1):
-        """``width``: bits per vector, d. ``patch``: vectors along each side of a token."""
+    def __init__(self, width: int):
+        """``width``: bits per vector, d."""
         super().__init__()
-        self.width, self.patch = width, patch
+        self.width = width
         self.lfq = _Mask(width)
 
-    @property
-    def token_width(self) -> int:
-        """Bits per token."""
-        return self.width * self.patch**2
-
-    def grids(self, schedule: Schedule) -> list[Grid]:
-        """The scales' grids of vectors."""
-        return [(h * self.patch, w * self.patch) for h, w in schedule.grids]
-
     def codes(self, bits: Tensor) -> Tensor:
-        """Code maps (B, d, H, W) of unit vectors, float32."""
+        """Code maps (B, d, h, w) of unit vectors, float32."""
         return (bits.float() * 2 - 1) * self.width**-0.5
 
     def levels(self, features: Tensor, schedule: Schedule, flips: Flips | None = None) -> Iterator[Level]:
@@ -91,13 +82,13 @@ class Quantizer(nn.Module):
         With ``flips`` later scales see wrong bits of earlier ones, and their own right bits are those that make good for it:
         bitwise self-correction.
         """
-        grids = self.grids(schedule)
+        last = schedule.grids[-1]
         total = torch.zeros_like(features)
-        for k, grid in enumerate(grids):
+        for k, grid in enumerate(schedule.grids):
             rest = features - total
-            bits = (rest if grid == grids[-1] else F.adaptive_avg_pool2d(rest, grid)) > 0
+            bits = (rest if grid == last else F.adaptive_avg_pool2d(rest, grid)) > 0
             seen = bits if flips is None else bits ^ flips(k, bits)
-            total = total + up(self.codes(seen), grids[-1])
+            total = total + up(self.codes(seen), last)
             yield Level(bits, total)
 
     def totals(self, bits: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -113,18 +104,15 @@ class Quantizer(nn.Module):
 
         ``totals``: the running sum of every scale (that of the last is not used).
         """
-        grids = self.grids(schedule)[1:]
-        return torch.cat(
-            [self.to_tokens(up(total, grid)) for total, grid in zip(totals, grids, strict=False)], 1
-        )
+        pairs = zip(totals[:-1], schedule.grids[1:], strict=True)
+        return torch.cat([to_tokens(up(total, grid)) for total, grid in pairs], 1)
 
-    def to_tokens(self, maps: Tensor) -> Tensor:
-        """Maps (B, d, H, W) as tokens (B, h * w, d * patch^2), row by row."""
-        if self.patch > 1:
-            maps = F.pixel_unshuffle(maps, self.patch)
-        return maps.flatten(2).transpose(1, 2)
 
-    def to_maps(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The way back; ``grid`` is that of the tokens."""
-        maps = tokens.transpose(1, 2).unflatten(2, grid)
-        return F.pixel_shuffle(maps, self.patch) if self.patch > 1 else maps
+def to_tokens(maps: Tensor) -> Tensor:
+    """Maps (B, d, h, w) as tokens (B, h * w, d), row by row."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def to_maps(tokens: Tensor, grid: Grid) -> Tensor:
+    """The way back."""
+    return tokens.transpose(1, 2).unflatten(2, grid)

@@ -1,6 +1,7 @@
 """Drawing a picture with Infinity: bits of one scale after the other, with guidance.
 
-Shapes as in ``transformer`` and ``quantizer``; under guidance the batch is doubled, prompts first, then what they are held against.
+Shapes as in ``transformer`` and ``quantizer``; under guidance the batch is doubled, prompts first, then what they are held
+against.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,16 +9,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .quantizer import Quantizer, up
+from ..errors import UserError, counted
+from .quantizer import Quantizer, to_maps, to_tokens, up
 from .scales import Schedule
 from .transformer import Cache, Condition, InfinityTransformer, Place, Text
 
 EditCode = Callable[[int, Tensor], Tensor]
 """From a scale's index and its codes, resized to the last grid, to those that count in their place."""
 WatchAll = Callable[[int, int, Tensor], None]
-"""Is given indices of scale and block, and that block's cross attention (B, H, h * w, S) after the softmax."""
+"""Is given indices of scale and block, and that block's cross attention to the prompts (B, H, h * w, S) after the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,11 @@ class Sampling:
     def per_scale(self, scales: int) -> tuple[list[float], list[float]]:
         """Guidance and temperature of every scale."""
         cfg, tau = (list(v) if isinstance(v, Sequence) else [v] * scales for v in (self.cfg, self.tau))
+        for name, values in (("cfg", cfg), ("tau", tau)):
+            if len(values) != scales:
+                raise UserError(
+                    f"{name} has {counted(len(values), 'value')}, but the picture has {scales} scales"
+                )
         return cfg, tau
 
 
@@ -97,7 +105,7 @@ def draw(
     guide = {model.config.depth + n for n in sampling.cfg_blocks if n < 0}
     on_logits = not sampling.cfg_blocks or 0 in sampling.cfg_blocks
     rotation, caches = model.rotation(schedule), [Cache() for _ in range(model.config.depth)]
-    last = quantizer.grids(schedule)[-1]
+    last = schedule.grids[-1]
     total, drawn = torch.zeros(count, quantizer.width, *last, device=rotation.device), []
     tokens: Tensor | None = None
     for k, (start, end) in enumerate(schedule.spans):
@@ -105,7 +113,7 @@ def draw(
         watch = interventions.watch
         for i, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
             place = Place(rotation[:, start:end], ((0, end - start),), cache)
-            seen = None if watch is None else partial(watch, k, i)
+            seen = None if watch is None else partial(_watch, watch, k, i, count)
             x = block(x, condition.modulation, condition.context, place, seen)
             if i in guide and cfg[k] != 1:
                 mixed = cfg[k] * x[:count] + (1 - cfg[k]) * x[count:]
@@ -117,7 +125,7 @@ def draw(
         chosen = torch.multinomial(p.flatten(0, 2), 1, replacement=True, generator=generator).view(
             p.shape[:3]
         )
-        bits = quantizer.to_maps(chosen, schedule.grids[k]) == 1
+        bits = to_maps(chosen, schedule.grids[k]) == 1
         bits = interventions.given.get(k, bits)
         drawn.append(bits)
         code = up(quantizer.codes(bits), last)
@@ -125,29 +133,21 @@ def draw(
             code = interventions.edit_code(k, code)
         total = total + code
         if k + 1 < scales:
-            tokens = quantizer.to_tokens(up(total, quantizer.grids(schedule)[k + 1]))
+            tokens = to_tokens(up(total, schedule.grids[k + 1]))
             tokens = torch.cat([tokens, tokens]) if guided else tokens
     return Drawn(z=total, bits=drawn)
 
 
+def _watch(watch: WatchAll, scale: int, block: int, count: int, attention: Tensor) -> None:
+    watch(scale, block, attention[:count])
+
+
 def joined(a: Condition, b: Condition) -> Condition:
     """Two conditions as one batch, their texts padded to the longer."""
-    length = max(a.context.features.shape[1], b.context.features.shape[1])
-    parts, masks = [], []
-    for text in (a.context, b.context):
-        n, rows = text.features.shape[:2]
-        parts.append(torch.nn.functional.pad(text.features, (0, 0, 0, length - rows)))
-        mask = (
-            text.mask
-            if text.mask is not None
-            else torch.ones(n, rows, dtype=torch.bool, device=text.features.device)
-        )
-        masks.append(torch.nn.functional.pad(mask, (0, length - rows)))
-    mask = torch.cat(masks)
-    unmasked = (
-        a.context.mask is None
-        and b.context.mask is None
-        and a.context.features.shape[1] == b.context.features.shape[1]
-    )
-    context = Text(torch.cat(parts), None if unmasked else mask)
+    texts = (a.context, b.context)
+    length = max(text.features.shape[1] for text in texts)
+    missing = [length - text.features.shape[1] for text in texts]
+    features = [F.pad(text.features, (0, 0, 0, n)) for text, n in zip(texts, missing, strict=True)]
+    masks = [F.pad(text.known(), (0, n)) for text, n in zip(texts, missing, strict=True)]
+    context = Text(torch.cat(features), torch.cat(masks))
     return Condition(torch.cat([a.pooled, b.pooled]), torch.cat([a.modulation, b.modulation]), context)

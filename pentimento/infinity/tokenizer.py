@@ -2,18 +2,19 @@
 
 Modules are named as in the published ``infinity_vae_d*.pth`` files, so these load as they are.
 
-Shapes: pictures (B, 3, H, W) in [-1, 1]; features (B, d, H / stride, W / stride).
+Shapes: pictures (B, 3, H, W) in [-1, 1]; features (B, d, H / 16, W / 16).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantizer import Quantizer
+from .scales import PIXELS_PER_TOKEN
 
 EPS = 1e-6
+HALVINGS = PIXELS_PER_TOKEN.bit_length() - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +29,8 @@ class TokenizerConfig:
     """Of ``channels``, per resolution from fine to coarse."""
     blocks: int = 2
     """Residual blocks per resolution of the encoder; the decoder has one more."""
-    stride: int = 16
-    """Pixels per vector along a side."""
-    patch: int = 1
-    """Vectors per token along a side; 2 for the autoencoder of Infinity 8B."""
     groups: int | None = None
     """Of the group norms; published models have 32, or 24 where channels ask for it."""
-
-    @property
-    def downsamplings(self) -> int:
-        return self.stride.bit_length() - 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -131,7 +124,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             level = Level(widths[i - 1] if i else config.channels, width, config.blocks, groups)
-            if i < config.downsamplings:
+            if i < HALVINGS:
                 level.downsample = Downsample(width)
             self.down.append(level)
         self.mid = Middle(widths[-1], groups)
@@ -154,7 +147,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             level = Level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1, groups)
-            if 1 <= i <= config.downsamplings:
+            if 1 <= i <= HALVINGS:
                 level.upsample = Upsample(width)
             self.up.append(level)
         self.norm_out = Norm(widths[0], groups)
@@ -174,7 +167,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantizer = Quantizer(config.width, config.patch)
+        self.quantizer = Quantizer(config.width)
         # The published files hold the quantiser's buffer under both names.
         self.quantize = self.quantizer
 
@@ -185,18 +178,3 @@ class Tokenizer(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Pictures in [-1, 1] of a sum of codes."""
         return self.decoder(z).clamp(-1, 1)
-
-
-def config_of(state: Mapping[str, Tensor]) -> TokenizerConfig:
-    """The sizes of a published autoencoder's weights (groups by its rule)."""
-    levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
-    channels = state["encoder.conv_in.conv.weight"].shape[0]
-    factors = tuple(
-        state[f"encoder.down.{i}.block.0.conv1.conv.weight"].shape[0] // channels for i in range(levels)
-    )
-    blocks = 1 + max(int(key.split(".")[4]) for key in state if key.startswith("encoder.down.0.block."))
-    stride = 2 ** sum(f"encoder.down.{i}.downsample.conv.conv.weight" in state for i in range(levels))
-    return TokenizerConfig(
-        width=state["encoder.conv_out.conv.weight"].shape[0], channels=channels, factors=factors, blocks=blocks,
-        stride=stride, patch=16 // stride,
-    )  # fmt: skip

@@ -4,7 +4,8 @@ Parameters are named as in the published ``infinity_2b_reg.pth``, so it loads as
 itself and the ones before, so one call per scale needs no mask.
 
 Shapes: B pictures, L tokens (of all scales, or of the current one), K tokens seen, C channels, H heads, D channels per head,
-S text tokens, d bits per token. The residual stream is float32, also under autocast.
+S text tokens, d bits per token. The residual stream is float32, and so is all but the blocks' linear layers where these are
+narrower.
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .scales import Schedule
 
@@ -70,6 +72,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack([cos * a - sin * b, sin * a + cos * b], -1).flatten(-2)
 
 
+class Linear(nn.Linear):
+    """Computes in the dtype of its weights, whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Cache:
     """One block's keys and values of the scales drawn so far."""
 
@@ -105,8 +114,8 @@ class SelfAttention(nn.Module):
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0)))
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         qkv = self.mat_qkv(x)
@@ -136,6 +145,12 @@ class Text(NamedTuple):
     mask: Tensor | None
     """(B, S) bool, true where there is text; ``None`` if no row is padded."""
 
+    def known(self) -> Tensor:
+        """The mask, also where no row is padded."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
+
 
 class _TextAttention(nn.Module):
     """What attention to text has in common: keys and values from one matrix, a bias for the values."""
@@ -148,8 +163,8 @@ class _TextAttention(nn.Module):
         self.heads, self.biased = heads, config.attention_bias
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.mat_kv = nn.Linear(inputs, 2 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.mat_kv = Linear(inputs, 2 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Both (B, H, S, D)."""
@@ -168,7 +183,7 @@ class _TextAttention(nn.Module):
 class CrossAttention(_TextAttention):
     def __init__(self, config: TransformerConfig):
         super().__init__(config, config.width, config.heads)
-        self.mat_q = nn.Linear(config.width, config.width)
+        self.mat_q = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, text: Text, watch: Watch | None = None) -> Tensor:
         q = self.mat_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -206,8 +221,8 @@ class TextPooling(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.hidden)
-        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.fc1 = Linear(config.width, config.hidden)
+        self.fc2 = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -283,11 +298,12 @@ class Condition(NamedTuple):
 
 
 class InfinityTransformer(nn.Module):
-    """The model; ``forward`` is teacher forcing, ``scale`` draws."""
+    """The model; ``forward`` is teacher forcing, ``sampling.draw`` draws."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False
         width = config.width
         self.cfg_uncond = nn.Parameter(torch.empty(config.text_length, config.text_width))
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
@@ -310,7 +326,7 @@ class InfinityTransformer(nn.Module):
     def blocks(self) -> Iterator[Block]:
         """All blocks in order."""
         for chunk in self.block_chunks:
-            yield from chunk.module  # type: ignore[union-attr, misc]
+            yield from chunk.module  # type: ignore[misc]
 
     def condition(self, text: Text) -> Condition:
         """Encode the text once for all scales."""
@@ -320,9 +336,10 @@ class InfinityTransformer(nn.Module):
         return Condition(pooled, modulation, text._replace(features=self.text_proj_for_ca(normal.features)))
 
     def without_text(self, text: Text) -> Text:
-        """As many rows as ``text`` has, but the ones that stand for no text."""
+        """As many rows as ``text`` has, but the ones that stand for no text; no more than there are of these."""
         rows = self.cfg_uncond[: text.features.shape[1]]
-        return text._replace(features=rows.expand(len(text.features), -1, -1))
+        mask = None if text.mask is None else text.mask[:, : len(rows)]
+        return Text(rows.expand(len(text.features), -1, -1), mask)
 
     def embed(self, tokens: Tensor | None, condition: Condition, scale: int) -> Tensor:
         """The blocks' input (B, h * w, C) for one scale; ``tokens`` (B, h * w, d) are ``None`` for the first."""
@@ -349,7 +366,13 @@ class InfinityTransformer(nn.Module):
         x = x + self.lvl_embed(scale_of)
         place = Place(rotation, schedule.spans)
         for block in self.blocks:
-            x = block(x, condition.modulation, condition.context, place)
+            arguments = (x, condition.modulation, condition.context, place)
+            # Caches are no part of teacher forcing: a block may run twice.
+            x = (
+                checkpoint(block, *arguments, use_reentrant=False)
+                if self.checkpointing
+                else block(*arguments)
+            )
         return self.logits(x, condition)
 
 
@@ -360,32 +383,6 @@ def _tables(schedule: Schedule, head_width: int, device: torch.device) -> tuple[
     counts = torch.tensor([end - begin for begin, end in schedule.spans])
     scale_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return rotations(schedule.positions(), head_width).to(device), scale_of.to(device)
-
-
-@torch.no_grad()
-def initialise(model: InfinityTransformer) -> None:
-    """Infinity's initial weights, for training from nothing."""
-    config = model.config
-    std = math.sqrt(1 / config.width / 3)
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
-                nn.init.trunc_normal_(p, std=std)
-            elif isinstance(module, nn.Linear) and name == "bias":
-                p.zero_()
-    for p in (model.pos_start, model.text_proj_for_sos.ca.mat_q):
-        nn.init.trunc_normal_(p, std=std)
-    generator = torch.Generator().manual_seed(0)
-    rows = nn.init.trunc_normal_(torch.empty(model.cfg_uncond.shape), std=1.2, generator=generator)
-    model.cfg_uncond.copy_(rows / math.sqrt(config.text_width))
-    model.head_nm.ada_lin[1].weight.mul_(1e-3)
-    model.head.weight.mul_(0.02)
-    for block in model.blocks:
-        for linear in (block.sa.proj, block.ca.proj, block.ffn.fc2):
-            linear.weight.div_(math.sqrt(2 * config.depth))
-        block.ada_gss.normal_(std=config.width**-0.5)
-        block.ada_gss[:, :, 2:].mul_(1e-3)
-        block.ada_gss[:, :, :2].mul_(5e-6)
 
 
 def bit_cross_entropy(logits: Tensor, bits: Tensor) -> Tensor:
