@@ -55,17 +55,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def infinity_stage(args: argparse.Namespace, text: Path, device: torch.device) -> None:
-    from . import bsq, infinity
+def network_stage(args: argparse.Namespace, text: Path, device: torch.device) -> None:
+    """A stage of the loop that all networks but FLUX's autoencoder share."""
+    from . import bsq, flux, infinity
+    from .optimise import Budget
 
-    common = {
-        "seconds": args.seconds, "batch": args.batch, "pool": args.pool, "again": args.again, "device": device,
-        "peak": args.lr, "muon": args.muon, "eager": args.eager,
-    }  # fmt: skip
+    budget = Budget(
+        seconds=args.seconds, batch=args.batch, pool=args.pool, again=args.again, device=device,
+        peak=args.lr, muon=args.muon, eager=args.eager,
+    )  # fmt: skip
     if args.stage == "infinity":
-        infinity.run(args.out, args.start, text, **common)
+        infinity.run(args.out, args.start, text, budget)
+    elif args.stage in ("bsq", "bsq-decoder"):
+        bsq.train(args.stage, args.out, args.start, budget)
     else:
-        bsq.train(args.stage, args.out, args.start, **common)
+        flux.run(args.stage, args.out, args.start, args.tokenizers, budget)
 
 
 def main() -> None:
@@ -101,30 +105,14 @@ def main() -> None:
         from . import infinity
 
         infinity.export(args.start, args.out)
-    elif args.stage in ("bsq", "bsq-decoder", "infinity"):
-        infinity_stage(args, text, device)
-    elif args.stage not in ("autoencoder", "decoder"):
-        from . import flux
-
-        flux.run(
-            args.stage,
-            args.out,
-            args.start,
-            args.tokenizers,
-            seconds=args.seconds,
-            batch=args.batch,
-            pool=args.pool,
-            again=args.again,
-            device=device,
-            peak=args.lr,
-            muon=args.muon,
-        )
-    else:
+    elif args.stage in ("autoencoder", "decoder"):
         from . import autoencoder
 
         autoencoder.train(
             args.out, args.seconds, args.batch, args.pool, device, args.start, args.stage == "decoder"
         )
+    else:
+        network_stage(args, text, device)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,9 @@ from pentimento.pocket import captions, readout, tasks
 from pentimento.pocket import scene as world
 from pentimento.pocket.render import render
 
-from .reading import captions_found, drawn_scenes, to_tensor
+from .reading import captions_found, drawn_scenes, psnr, to_pictures, to_tensor
 
 TEXT = 64
-
-
-def to_pictures(x: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in x]
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    return -10 * torch.log10((a - b).pow(2).mean((1, 2, 3)).clamp(min=1e-7))
 
 
 @torch.no_grad()

@@ -118,13 +118,3 @@ def train(
         factors, spread = measure(vae, drawn)
         print(f"vae: {step} steps, {factors}, std per channel {spread}", flush=True)
     (out / "vae.json").write_text(json.dumps(factors))
-
-
-@torch.no_grad()
-def round_trip(vae, pictures: Tensor) -> Tensor:
-    """PSNR per picture of decoding the posterior's mean; pictures (n, 3, H, W) in [-1, 1]."""
-    out = []
-    for x in pictures.split(64):
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        out.append(-10 * torch.log10(((y - x) / 2).pow(2).mean((1, 2, 3))))
-    return torch.cat(out)

@@ -24,8 +24,10 @@ from pentimento.pocket import scene as world
 from pentimento.pocket.render import render
 
 from . import pools, saving
-from .optimise import optimise, prepare_torch
+from .autoencoder import gradient_loss
+from .optimise import Budget, optimise, prepare_torch
 from .processes import Processes
+from .reading import psnr
 
 CONFIG = TokenizerConfig(width=16, channels=24, factors=(1, 2, 3, 3, 4), blocks=1, groups=4)
 SCHEDULE = Schedule.of(1.0, "0.06M")
@@ -33,11 +35,6 @@ COMMITMENT = 0.25
 WRONG = 0.1
 """Highest share of wrong bits in the decoder's stage."""
 PEAKS = {"bsq": 2e-3, "bsq-decoder": 6e-4}
-
-
-def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
-    d = a - b
-    return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
 
 
 def load(folder: Path, device: torch.device) -> Tokenizer:
@@ -58,25 +55,20 @@ def features(tokenizer: Tokenizer, pictures: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Per picture of (n, 3, H, W) in [-1, 1], dB."""
-    return -10 * torch.log10(((a - b) / 2).pow(2).mean((1, 2, 3)).clamp(min=1e-7))
-
-
 @torch.no_grad()
 def round_trip(tokenizer: Tokenizer, pictures: Tensor) -> Tensor:
-    """Pictures (n, 3, 256, 256) in [-1, 1] through their bits."""
+    """Pictures (n, 3, 256, 256) in [0, 1] through their bits."""
     out = []
     for x in pictures.split(32):
-        *_, level = tokenizer.quantizer.levels(tokenizer.encode(x), SCHEDULE)
-        out.append(tokenizer.decode(level.total).float())
+        *_, level = tokenizer.quantizer.levels(tokenizer.encode(x * 2 - 1), SCHEDULE)
+        out.append(tokenizer.decode(level.total).float() / 2 + 0.5)
     return torch.cat(out)
 
 
 def test_pictures(count: int, device: torch.device) -> Tensor:
-    """Renders of held-out scenes, (count, 3, 256, 256) in [-1, 1]."""
+    """Renders of held-out scenes, (count, 3, 256, 256) in [0, 1]."""
     scenes = [world.draw(n) for n in itertools.islice(world.seeds("test"), count)]
-    return render(scenes, *SCHEDULE.pixels).to(device) * 2 - 1
+    return render(scenes, *SCHEDULE.pixels).to(device)
 
 
 def take(drawn: Tensor, free: Tensor, batch: int) -> Tensor:
@@ -115,43 +107,40 @@ def train(
     stage: str,
     out: Path,
     start: Path | None,
-    *,
-    seconds: float,
-    batch: int,
-    pool: int,
-    again: int,
-    device: torch.device,
-    peak: float | None,
-    muon: bool,
-    eager: bool,
+    budget: Budget,
 ) -> None:
-    """``bsq`` starts from nothing, or from ``start``; ``bsq-decoder`` from ``start``. All of it takes ``seconds``."""
+    """``bsq`` starts from nothing, or from ``start``; ``bsq-decoder`` from ``start``."""
     opened = time.time()
-    processes = Processes(device)
+    processes = Processes(budget.device)
     device, decoder_only = processes.device, stage == "bsq-decoder"
     prepare_torch()
     torch.backends.cudnn.benchmark = True
-    torch.manual_seed(10 * again + decoder_only)
+    torch.manual_seed(10 * budget.again + decoder_only)
     tokenizer = Tokenizer(CONFIG)
     if start:
         tokenizer.load_state_dict(saving.load_part(start, "bsq"))
     tokenizer.to(device, memory_format=torch.channels_last)
     tokenizer.encoder.requires_grad_(not decoder_only)
-    torch.manual_seed(10 * again + decoder_only + 1000 * processes.rank)
-    first = 300_000_000 + 40_000_000 * (2 * again + decoder_only) + 1_000_000_000 * processes.rank
-    drawn = pools.singles(first, pool, SCHEDULE.pixels, device, 14 if device.type == "cuda" else 2).pictures[
-        :, 0
-    ]
-    free = pools.procedural(max(8, pool // 6), SCHEDULE.pixels[0], device)
+    torch.manual_seed(10 * budget.again + decoder_only + 1000 * processes.rank)
+    first = 300_000_000 + 40_000_000 * (2 * budget.again + decoder_only) + 1_000_000_000 * processes.rank
+    drawn = pools.singles(
+        first, budget.pool, SCHEDULE.pixels, device, 14 if device.type == "cuda" else 2
+    ).pictures[:, 0]
+    free = pools.procedural(max(8, budget.pool // 6), SCHEDULE.pixels[0], device)
     print(f"pools took {time.time() - opened:.0f}s", flush=True)
 
     def save() -> None:
         saving.save_parts(out, {"bsq": tokenizer})
 
     loss_of = losses(
-        tokenizer, lambda: take(drawn, free, batch), decoder_only, device.type == "cuda" and not eager
+        tokenizer,
+        lambda: take(drawn, free, budget.batch),
+        decoder_only,
+        device.type == "cuda" and not budget.eager,
     )
-    optimise(tokenizer, loss_of, opened + seconds, peak or PEAKS[stage], muon, processes, save)
+    optimise(
+        tokenizer, loss_of, opened + budget.seconds, budget.peak or PEAKS[stage], budget.muon, processes, save
+    )
     if processes.rank == 0:
         save()
         tokenizer.eval()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from . import models, pools, saving
-from .optimise import optimise, prepare_torch
+from .optimise import Budget, optimise, prepare_torch
 from .processes import Processes
 
 CLIP_TOKENS = 72
@@ -334,24 +334,13 @@ def run(
     out: Path,
     start: Path,
     tokenizers: Path,
-    *,
-    seconds: float,
-    batch: int,
-    pool: int,
-    again: int,
-    device: torch.device,
-    peak: float | None = None,
-    muon: bool = False,
+    budget: Budget,
 ) -> None:
-    """``base`` starts from nothing, ``fill`` continues it with more diptychs, ``distil`` gives the guidance its meaning.
-
-    ``seconds`` covers the whole stage, from making the pools to saving. ``again`` counts repetitions of a stage: each has
-    its own scenes and noise. Under torchrun every process has its own scenes too; ``batch`` and ``pool`` are per process.
-    """
-    processes = Processes(device)
+    """``base`` starts from nothing, ``fill`` continues it with more diptychs, ``distil`` gives the guidance its meaning."""
+    processes = Processes(budget.device)
     device = processes.device
-    seed = 10 * again + {"base": 1, "fill": 2, "distil": 3}[stage]
-    random.seed(f"{stage}{again}")
+    seed = 10 * budget.again + {"base": 1, "fill": 2, "distil": 3}[stage]
+    random.seed(f"{stage}{budget.again}")
     prepare_torch()
     opened = time.time()
     torch.manual_seed(seed + 1000 * processes.rank)
@@ -359,8 +348,8 @@ def run(
     world = World(
         codec,
         tokenizers,
-        pool,
-        FIRST_SCENE[stage] + 40_000_000 * again + 1_000_000_000 * processes.rank,
+        budget.pool,
+        FIRST_SCENE[stage] + 40_000_000 * budget.again + 1_000_000_000 * processes.rank,
         device,
     )
     print(
@@ -373,7 +362,7 @@ def run(
     if stage != "base":
         net.load_state_dict(saving.load_part(start, "net"))
     teacher = teacher_of(net, world) if stage == "distil" else None
-    if device.type == "cuda":
+    if device.type == "cuda" and not budget.eager:
         net.transformer.compile_repeated_blocks(dynamic=True)
 
     def save() -> None:
@@ -383,8 +372,8 @@ def run(
             json.dumps({"shift_factor": codec.shift, "scaling_factor": codec.scale})
         )
 
-    loss_of = losses(net, teacher, world, SHARES[stage], batch)
-    optimise(net, loss_of, opened + seconds, peak or PEAKS[stage], muon, processes, save)
+    loss_of = losses(net, teacher, world, SHARES[stage], budget.batch)
+    optimise(net, loss_of, opened + budget.seconds, budget.peak or PEAKS[stage], budget.muon, processes, save)
     if processes.rank == 0:
         save()
     if processes.count > 1:

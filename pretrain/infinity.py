@@ -29,7 +29,7 @@ from pentimento.infinity.transformer import (
 )
 
 from . import bsq, pools, saving
-from .optimise import optimise, prepare_torch
+from .optimise import Budget, optimise, prepare_torch
 from .processes import Processes
 
 CONFIG = TransformerConfig(
@@ -146,34 +146,29 @@ def run(
     out: Path,
     start: Path,
     text: Path,
-    *,
-    seconds: float,
-    batch: int,
-    pool: int,
-    again: int,
-    device: torch.device,
-    peak: float | None,
-    muon: bool,
-    eager: bool,
+    budget: Budget,
 ) -> None:
-    """Train from nothing, or on from what ``start`` holds. All of it takes ``seconds``; sizes are per process."""
+    """Train from nothing, or on from what ``start`` holds."""
     opened = time.time()
-    processes = Processes(device)
+    processes = Processes(budget.device)
     device = processes.device
     prepare_torch()
-    torch.manual_seed(again)
+    torch.manual_seed(budget.again)
     net = InfinityTransformer(CONFIG)
     initialise(net)
     if list(start.glob("infinity-*.safetensors")):
         net.load_state_dict(saving.load_part(start, "infinity"))
     net.to(device)
-    torch.manual_seed(1 + again + 1000 * processes.rank)
+    torch.manual_seed(1 + budget.again + 1000 * processes.rank)
     world = World(
-        start, Words(text, device), pool, 600_000_000 + 40_000_000 * again + 1_000_000_000 * processes.rank
+        start,
+        Words(text, device),
+        budget.pool,
+        600_000_000 + 40_000_000 * budget.again + 1_000_000_000 * processes.rank,
     )
     longest = int((world.tokens > 0).sum(-1).max())
     print(f"pools took {time.time() - opened:.0f}s; longest text {longest} tokens", flush=True)
-    if device.type == "cuda" and not eager:
+    if device.type == "cuda" and not budget.eager:
         for block in net.blocks:
             block.compile()
     tokenizer = saving.load_part(start, "bsq")
@@ -181,7 +176,15 @@ def run(
     def save() -> None:
         saving.save_parts(out, {"infinity": net, "bsq": tokenizer})
 
-    optimise(net, losses(net, world, batch), opened + seconds, peak or PEAK, muon, processes, save)
+    optimise(
+        net,
+        losses(net, world, budget.batch),
+        opened + budget.seconds,
+        budget.peak or PEAK,
+        budget.muon,
+        processes,
+        save,
+    )
     if processes.rank == 0:
         save()
     if processes.count > 1:

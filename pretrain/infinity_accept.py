@@ -18,7 +18,7 @@ from pentimento.pocket.render import render
 
 from . import bsq, saving
 from .infinity import CONFIG, Words
-from .reading import captions_found, drawn_scenes
+from .reading import captions_found, drawn_scenes, psnr, to_pictures
 
 SETTINGS = {
     "cfg 3, tau 0.5": Sampling(cfg=3.0, tau=0.5),
@@ -61,10 +61,6 @@ class Artist:
         return [round(good[start:end].mean().item(), 4) for start, end in bsq.SCHEDULE.spans]
 
 
-def to_pictures(x: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in x]
-
-
 def sheet(rows: list[Tensor]) -> Image.Image:
     """Rows of pictures (n, 3, H, W) in [0, 1], all of one size, as one picture."""
     return to_pictures(torch.cat([torch.cat(list(row), 2) for row in rows], 1)[None])[0]
@@ -74,12 +70,12 @@ def main(folder: Path, text: Path, out: Path, device: torch.device, count: int) 
     artist = Artist(folder, text, device)
     x = bsq.test_pictures(max(16, 4 * count), device)
     y = bsq.round_trip(artist.tokenizer, x)
-    report: dict[str, object] = {"round_trip": round(bsq.psnr(y, x).mean().item(), 3)}
+    report: dict[str, object] = {"round_trip": round(psnr(y, x).mean().item(), 3)}
     scenes = [world.draw(n) for n in itertools.islice(world.seeds("test"), 64)]
     report["bits_right_per_scale"] = artist.right(scenes)
     print(json.dumps(report), flush=True)
     some = [s for kind in ("portrait", "shapes") for s in drawn_scenes(kind, 8)]
-    rows = [(x[:16] / 2 + 0.5).cpu(), (y[:16] / 2 + 0.5).cpu(), render(some, *bsq.SCHEDULE.pixels)]
+    rows = [x[:16].cpu(), y[:16].cpu(), render(some, *bsq.SCHEDULE.pixels)]
     prompts = [captions.caption(s, 1 if s["kind"] == "shapes" else 0) for s in some]
     for name, sampling in SETTINGS.items():
         rows.append(artist.draw(prompts, sampling))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch._dynamo
@@ -13,6 +14,25 @@ from .processes import Processes
 
 SAVE_EVERY = 120
 """Seconds between snapshots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a stage may use, and how it learns."""
+
+    seconds: float
+    """For the whole stage, from making the pools to saving."""
+    batch: int
+    """Per process, as is the pool."""
+    pool: int
+    again: int
+    """Repetitions of the stage before: each has its own scenes and noise."""
+    device: torch.device
+    peak: float | None
+    """Learning rate; ``None``: the stage's own."""
+    muon: bool
+    eager: bool
+    """Compile nothing."""
 
 
 def learning_rate(peak: float, progress: float, step: int, warmup: int = 300) -> float:

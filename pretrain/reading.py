@@ -29,6 +29,16 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
     )
 
 
+def to_pictures(x: Tensor) -> list[Image.Image]:
+    """Of (n, 3, H, W) in [0, 1] on the CPU."""
+    return [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in x]
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Per picture of (n, 3, H, W) in [0, 1], dB."""
+    return -10 * torch.log10((a - b).pow(2).mean((1, 2, 3)).clamp(min=1e-7))
+
+
 def explain(picture: Tensor, start: world.Scene) -> world.Scene:
     """The scene whose render is nearest to ``picture`` (3, H, W in [0, 1]), from the captioned one with any pose."""
     height, width = picture.shape[1:]
