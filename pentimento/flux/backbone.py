@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from PIL.Image import Image
 from torch import Tensor
 
-from .. import images
+from .. import images, pretrained
 from ..errors import UserError
 from . import loading, sampling
 from .config import FluxConfig
@@ -76,7 +76,7 @@ class Flux:
         self._staying: set[Part] = set()
         self._vae: Any = None
         self._text: Any = None
-        self._vae_config = loading.read_json(weights.folder / "vae" / "config.json")
+        self._vae_config = pretrained.read_json(weights.folder / "vae" / "config.json")
         self._prompts: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
         if not offload:
             self._bring("transformer")
@@ -88,8 +88,8 @@ class Flux:
         Raises ``UserError`` for weights that are missing, damaged, gated, of another architecture or variant,
         and for a device or attention backend that this machine does not have.
         """
-        device = loading.choose_device(config.device)
-        dtype = loading.choose_dtype(config.precision, device)
+        device = pretrained.choose_device(config.device)
+        dtype = pretrained.choose_dtype(config.precision, device)
         if device.type == "cuda":
             # FLUX's backward pass died in cuDNN's attention with an illegal memory access (torch 2.11, H200).
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -143,7 +143,7 @@ class Flux:
     @property
     def native_text_length(self) -> int:
         """T5 tokens per prompt that the tokenizer's config allows (512 for FLUX.1)."""
-        config = loading.read_json(self.weights.folder / "tokenizer_2" / "tokenizer_config.json")
+        config = pretrained.read_json(self.weights.folder / "tokenizer_2" / "tokenizer_config.json")
         return min(int(config.get("model_max_length", 512)), 512)
 
     def describe(self) -> dict[str, Any]:
