@@ -7,14 +7,15 @@ import errno
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,6 +33,12 @@ from .errors import UserError, first_line
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILE = 64 * 2**20
+CHECKPOINT_FROM = 1_000_000_000
+"""Parameters above which gradients are checkpointed unless the recipe says otherwise."""
+REMEMBERED = 64
+"""Prompts whose encodings stay known."""
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 def sample(path: Path) -> bytes:
@@ -86,6 +93,13 @@ def fetch(name: str, patterns: Sequence[str], key: str, size: str) -> Path:
             f"{key}: {name} cannot be written to the hub cache ({error.strerror}); free some space "
             f"({size}) or set the variable HF_HOME to another folder"
         ) from error
+
+
+def cached(name: str, files: Sequence[str]) -> Path | None:
+    """The folder of a hub model if all these files are on this machine; nothing is downloaded."""
+    held = [try_to_load_from_cache(name, file) for file in files]
+    paths = [Path(path) for path in held if isinstance(path, str)]
+    return paths[0].parents[files[0].count("/")] if len(paths) == len(files) else None
 
 
 def _gated(page: str, key: str) -> str:
@@ -184,6 +198,18 @@ def quiet_loading() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+def remember(known: OrderedDict[K, V], keys: Sequence[K], make: Callable[[list[K]], Sequence[V]]) -> list[V]:
+    """The values of keys; those that are missing are made together, and the last ones stay known."""
+    if missing := [key for key in dict.fromkeys(keys) if key not in known]:
+        known.update(zip(missing, make(missing), strict=True))
+    values = [known[key] for key in keys]
+    for key in keys:
+        known.move_to_end(key)
+    while len(known) > REMEMBERED:
+        known.popitem(last=False)
+    return values
 
 
 def read_model(model: Any, folder: Path, part: str, dtype: torch.dtype, where: Path, **options: Any) -> Any:

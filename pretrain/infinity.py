@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -204,6 +203,6 @@ def export(start: Path, out: Path) -> None:
             for key, value in part.state_dict().items()
         }
         save_file(state, out / f"{name}.safetensors", {"format": "pt"})
-    config = {"transformer": asdict(CONFIG), "tokenizer": asdict(bsq.CONFIG), "size": "0.06M"}
+    config = {"size": "0.06M", "groups": bsq.CONFIG.groups, "text_encoder": "pocket"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print({path.name: path.stat().st_size for path in out.iterdir()})

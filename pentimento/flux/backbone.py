@@ -27,9 +27,6 @@ from .loading import Variant, Weights
 Part = Literal["transformer", "vae", "text"]
 """What takes turns on the device under ``offload``; the two text encoders are one."""
 MAIN_MEMORY = torch.device("cpu")
-CHECKPOINT_FROM = 1_000_000_000
-"""Parameters above which gradients are checkpointed unless the recipe says otherwise."""
-REMEMBERED_PROMPTS = 64
 
 
 class Posterior(NamedTuple):
@@ -106,7 +103,7 @@ class Flux:
         flux._set_attention(backend)
         checkpointing = config.gradient_checkpointing
         if checkpointing is None:
-            checkpointing = flux.transformer.num_parameters() >= CHECKPOINT_FROM
+            checkpointing = flux.transformer.num_parameters() >= pretrained.CHECKPOINT_FROM
         if checkpointing:
             flux.transformer.enable_gradient_checkpointing()
         if config.compile:
@@ -252,17 +249,15 @@ class Flux:
 
         The last prompts are remembered, so that samples drawn while training need no text encoder in memory.
         """
-        known = self._prompts
-        if missing := [p for p in dict.fromkeys(prompts) if (p, max_length) not in known]:
-            encode = self.text.encode_prompt
-            embeds, pooled, _ = encode(missing, device=self.device, max_sequence_length=max_length)
-            for row, prompt in enumerate(missing):
-                known[prompt, max_length] = embeds[row], pooled[row]
-        rows = [known[p, max_length] for p in prompts]
-        for prompt in prompts:
-            known.move_to_end((prompt, max_length))
-        while len(known) > REMEMBERED_PROMPTS:
-            known.popitem(last=False)
+
+        def encode(missing: list[tuple[str, int]]) -> list[tuple[Tensor, Tensor]]:
+            texts = [prompt for prompt, _ in missing]
+            embeds, pooled, _ = self.text.encode_prompt(
+                texts, device=self.device, max_sequence_length=max_length
+            )
+            return list(zip(embeds, pooled, strict=True))
+
+        rows = pretrained.remember(self._prompts, [(p, max_length) for p in prompts], encode)
         return Text(prompt_embeds=torch.stack([e for e, _ in rows]), pooled=torch.stack([p for _, p in rows]))
 
     def velocity(

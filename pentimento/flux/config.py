@@ -11,6 +11,8 @@ from typing import Literal
 class FluxConfig:
     """Which weights, on which device, in which arithmetic."""
 
+    family: Literal["flux"] = "flux"
+    """Kind of base model."""
     weights: str = "pocket"
     """Base model: `pocket` (the small models that ship), a diffusers-format folder, or a hub id such as
     black-forest-labs/FLUX.1-Fill-dev."""

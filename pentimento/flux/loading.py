@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextModel, T5EncoderModel
 
 from .. import pretrained
@@ -116,13 +115,10 @@ def locate_outline(config: FluxConfig, variant: Variant) -> Weights | None:
     weights, files = config.weights, _gguf_files(config, variant)
     if weights == "pocket" or Path(weights).expanduser().exists() or not HUB_NAME.fullmatch(weights):
         return locate(config, variant)
-    held = [
-        try_to_load_from_cache(weights, f"{part}/{file}") for part, files in PARTS.items() for file in files
-    ]
-    paths = [Path(path) for path in held if isinstance(path, str)]
-    if len(paths) < len(held):
+    held = pretrained.cached(weights, [f"{part}/{file}" for part, names in PARTS.items() for file in names])
+    if held is None:
         return None
-    found = Weights(name=weights, folder=paths[0].parents[1], variant=variant, files=files)
+    found = Weights(name=weights, folder=held, variant=variant, files=files)
     check_variant(found, "FLUX")
     return found
 

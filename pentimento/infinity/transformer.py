@@ -145,6 +145,10 @@ class Text(NamedTuple):
     mask: Tensor | None
     """(B, S) bool, true where there is text; ``None`` if no row is padded."""
 
+    def to(self, device: torch.device) -> "Text":
+        """The same on a device."""
+        return Text(self.features.to(device), None if self.mask is None else self.mask.to(device))
+
     def known(self) -> Tensor:
         """The mask, also where no row is padded."""
         if self.mask is not None:

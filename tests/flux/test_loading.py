@@ -274,9 +274,9 @@ def test_outline_has_the_shapes_and_no_weights(fill, fill_config):
 
 def test_outline_of_a_hub_model_downloads_nothing(tiny_dev, monkeypatch):
     name = "black-forest-labs/FLUX.1-dev"
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *_: None)
     assert Flux.outline(FluxConfig(weights=name, device="cpu"), "dev") is None
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda _, file: str(tiny_dev / file))
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda _, file: str(tiny_dev / file))
     outline = Flux.outline(FluxConfig(weights=name, device="cpu"), "dev")
     assert outline is not None and outline.weights.name == name
     with pytest.raises(UserError, match=r"holds FLUX.1 \[dev\].*needs FLUX.1 Fill"):
