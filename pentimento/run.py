@@ -44,6 +44,8 @@ OUT_OF_MEMORY = (
 )
 
 CACHE = "cache"
+RECORDED = {"weights", "attention_bias"}
+"""Of what an adapter's file records of its base model, the keys that are settings of its backbone."""
 START = "init"
 """Copy of the adapter that a run started from, for a run that is continued before it saved its first step."""
 PRECISIONS: Mapping[torch.dtype, train.Precision] = {
@@ -421,7 +423,7 @@ def recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Method, base model and settings as a file records them; of a file of others as far as its weights tell."""
     record = _record(file)
     if record:
-        backbone = {"weights": record["backbone"]["weights"]}
+        backbone = {key: record["backbone"][key] for key in RECORDED & set(record["backbone"])}
         return {"method": record["method"], "backbone": backbone, "config": dict(record["config"])}
     named = _named_methods(overrides)
     if not named:

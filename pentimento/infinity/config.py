@@ -3,6 +3,7 @@
 It stands alone, without torch, so that recipes are read without loading a deep-learning library.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,3 +33,10 @@ class InfinityConfig:
     billion parameters."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    def notes(self) -> Iterator[str]:
+        """What is loaded from elsewhere than beside the transformer, or otherwise than published."""
+        named = {"visual tokenizer": self.tokenizer, "T5 text encoder": self.text_encoder}
+        yield from (f"{part} from {place}" for part, place in named.items() if place is not None)
+        if not self.attention_bias:
+            yield "attention without the base model's biases, as in EditInfinity's code"
