@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from . import files, inspection
+from . import files, inspection, stored
 from .errors import UserError, counted, some
 
 PREFIX = "transformer."
@@ -25,7 +23,7 @@ def full_name(module: str) -> str:
 
 def read_record(file: Path) -> dict[str, Any]:
     """What this package wrote of how the weights were trained; empty for files of others."""
-    return inspection.own_record(file, inspection.read_metadata(file))
+    return inspection.own_record(file, stored.read_metadata(file))
 
 
 def recorded_adapter(file: Path, name: str = "") -> dict[str, Any]:
@@ -36,7 +34,7 @@ def recorded_adapter(file: Path, name: str = "") -> dict[str, Any]:
 
 def recorded_alpha(file: Path, default: float) -> float:
     """Alpha in the record that diffusers reads, or the default."""
-    text = inspection.read_metadata(file).get("lora_adapter_metadata", "{}")
+    text = stored.read_metadata(file).get("lora_adapter_metadata", "{}")
     try:
         return float(json.loads(text).get(f"{PREFIX}lora_alpha", default))
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
@@ -45,11 +43,7 @@ def recorded_alpha(file: Path, default: float) -> float:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file, in float32 and finite."""
-    inspection.read_metadata(file)  # explains files that are missing, empty, pickled, ...
-    try:
-        tensors = {key: value.float() for key, value in load_file(file).items()}
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged, or not a safetensors file ({error})") from error
+    tensors = {key: value.float() for key, value in stored.read_tensors(file).items()}
     if broken := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise UserError(f"{file}: {broken[0]} holds values that are not finite; the weights are of no use")
     return tensors
@@ -57,7 +51,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def read_lora(file: Path) -> tuple[dict[str, Tensor], float | None]:
     """LoRA factors without prefix, and alpha where the file has such keys."""
-    tensors = {key.removeprefix(PREFIX): value for key, value in read_tensors(file).items()}
+    named = stored.in_diffusers_names(read_tensors(file))
+    tensors = {key.removeprefix(PREFIX): value for key, value in named.items()}
     alphas = {float(tensors.pop(key)) for key in [k for k in tensors if k.endswith(".alpha")]}
     if len(alphas) > 1:
         raise UserError(f"{file}: its layers have several alphas ({sorted(alphas)}), which is not supported")

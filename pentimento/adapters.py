@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import adapter_files, inspection, moe, specs
+from . import adapter_files, moe, specs
 from .errors import UserError
 from .inspection import WEIGHTS_NAME
 from .specs import ExpertLoRA as ExpertLoRA
@@ -78,6 +78,7 @@ class Adapters:
         self.host = host.requires_grad_(False)
         self.specs: dict[str, LoRA] = {}
         self._experts: dict[str, list[str]] = {}
+        self._own: dict[str, dict[str, nn.Parameter]] = {}
         self.tensors: dict[str, nn.Parameter] = {}
         self.trained: tuple[str, ...] = ()
         self._initial: dict[str, Tensor] = {}
@@ -144,9 +145,9 @@ class Adapters:
             raise UserError(f"train: there is no adapter {unknown[0]!r}; this method has {', '.join(known)}")
         self.trained = names
         for name in known:
-            for parameter in self.parameters(name):
+            for parameter in self._trainable(name):
                 parameter.requires_grad_(name in names)
-        return self.parameters(*names)
+        return [parameter for name in names for parameter in self._trainable(name)]
 
     def use(self, *, frozen: tuple[str, ...] = (), **scales: float) -> None:
         """Switch to exactly these adapters at these scales; the ``frozen`` get no gradient. ``use()``: the base model.
@@ -169,7 +170,9 @@ class Adapters:
         for name in self.specs:
             wanted = name in active and name in self.trained and name not in frozen
             for parameter in self._named(name).values():
-                parameter.requires_grad_(wanted)
+                parameter.requires_grad_(False)
+            for parameter in self._trainable(name) if wanted else ():
+                parameter.requires_grad_(True)
 
     def routing(self, name: str) -> dict[str, moe.Routing]:
         """What an adapter's routers did in the last forward pass, by layer.
@@ -284,7 +287,7 @@ class Adapters:
         stored = adapter_files.recorded_adapter(file, name)
         parts = {module: {k: p.data for k, p in part.items()} for module, part in self._parts(name).items()}
         spec = self.specs[name]
-        _check_experts(file, tensors, stored, spec, name)
+        specs.check_experts(file, tensors, stored, spec, name)
         own = self._published(name, parts.pop(""))
         pending = adapter_files.fit(file, f"adapter {name!r}", tensors, own)
         if alpha is None:
@@ -337,14 +340,23 @@ class Adapters:
     def _place(self, folder: Path, name: str) -> Path:
         return folder if len(self.specs) == 1 else folder / name
 
+    def _trainable(self, name: str) -> list[nn.Parameter]:
+        """A tensor, or the parameters of an adapter that are not fixed: B is under ``init`` orthogonal."""
+        if name in self.tensors:
+            return [self.tensors[name]]
+        fixed = self.specs[name].init == "orthogonal"
+        return [p for key, p in self._named(name).items() if not (fixed and ".lora_B." in key)]
+
     def _named(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by their keys in a file: ``a.to_q.lora_A.edit.weight`` is ``a.to_q.lora_A.weight``."""
         skipped = (name, "modules_to_save")
-        return {
-            ".".join(part for part in key.split(".") if part not in skipped): parameter
-            for key, parameter in self.host.named_parameters()
-            if name in key.split(".")
-        }
+        if name not in self._own:  # collected once: adapters are switched in every step
+            self._own[name] = {
+                ".".join(part for part in key.split(".") if part not in skipped): parameter
+                for key, parameter in self.host.named_parameters()
+                if name in key.split(".")
+            }
+        return self._own[name]
 
     def _parts(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters by file: "" is the LoRA with whole keys, a module's name its own with keys inside the module."""
@@ -376,8 +388,11 @@ class Adapters:
                 rank = experts[layer].expert_rank if layer in experts else spec.rank
                 start.normal_(0, 1 / rank, generator=generator)
             elif factor in ("lora_A", "lora_route"):
-                bound = 1 / math.sqrt(parameter[0].numel())
+                wide = factor == "lora_A" and spec.init in ("kaiming", "orthogonal")
+                bound = math.sqrt((3 if wide else 1) / parameter[0].numel())
                 start.uniform_(-bound, bound, generator=generator)
+            elif spec.init == "orthogonal":
+                start = torch.linalg.qr(start.normal_(generator=generator)).Q
             parameter.data.copy_(start)
         for module in spec.full:
             trained = self.host.get_submodule(f"{module}.modules_to_save.{name}")
@@ -448,39 +463,26 @@ class Adapters:
             return {}
         return {path: spec for path in self._modules if specs.hit_by_experts(spec, path)}
 
+    def strength(self, name: str) -> float | None:
+        """How much a plain LoRA changes its layers at scale 1: median of ``|B A| alpha / rank`` over ``|W|``, in Frobenius norm.
+
+        ``None`` where no layer tells, as where all weights are packed.
+        """
+        found = []
+        scale = self.specs[name].scaled / self.specs[name].rank
+        factors = self._parts(name)[""]
+        for layer in sorted({key.partition(".lora_A.")[0] for key in factors if ".lora_A.weight" in key}):
+            weight = self.host.get_submodule(layer).get_parameter("base_layer.weight")
+            if weight.is_floating_point() and not weight.is_meta:
+                a, b = (factors[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+                # |BA|^2 = tr(B'B AA'): two small products instead of one as large as the layer.
+                squared = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
+                found.append(float(scale * squared.sqrt() / weight.float().norm()))
+        return sorted(found)[len(found) // 2] if found else None
+
     def _nearest(self, wanted: str) -> str:
         paths = [p for p, module in self._modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
         ends = {".".join(path.split(".")[-n:]) for path in paths for n in range(1, 4)}
         near = difflib.get_close_matches(wanted, sorted(ends), n=SHOWN, cutoff=0.5)
         near = near or sorted({re.sub(r"\.\d+\.", ".*.", path) for path in paths})[:SHOWN]
         return f"; did you mean {', '.join(near)}?"
-
-
-def _check_experts(
-    file: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], spec: LoRA, name: str
-) -> None:
-    """Refuse a file with experts for a plain adapter, the reverse, and other experts, before a list of keys would say so."""
-    found = inspection.experts_of(tensors)
-    if not isinstance(spec, ExpertLoRA):
-        if found:
-            raise UserError(
-                f"{file} has experts ({max(found.values())} in {len(found)} layers), but adapter {name!r} is a plain LoRA; set"
-                f" lora.experts={max(found.values())} to use it as it is. pentimento export RUN --to lora makes it plain"
-            )
-        return
-    if not found:
-        raise UserError(
-            f"{file} is a plain LoRA, but adapter {name!r} has {spec.experts} experts; leave lora.experts and the settings"
-            " that go with it out to use it"
-        )
-    ranks = [value.shape[0] for key, value in tensors.items() if ".lora_A.expert_" in key]
-    rank = max(ranks, default=spec.expert_rank)
-    # Files of others say nothing of the rest; for alpha they mean the rank.
-    guessed = {"experts": max(found.values()), "expert_rank": rank, "expert_alpha": float(rank)}
-    here, there = specs.described(spec), {**guessed, **stored}
-    for key in ("experts", "expert_rank", "expert_alpha", "top_k", "gate"):
-        own = here[key]
-        if there.get(key, own) != own:
-            raise UserError(
-                f"{file} was trained with {key} {there[key]}, adapter {name!r} has {own}; set lora.{key}={there[key]}"
-            )

@@ -11,10 +11,12 @@ from .recipe import Recipe
 
 FLUX_LICENCE = (
     "The base model's weights are under the FLUX.1 [dev] Non-Commercial License; this adapter is a derivative of them and"
-    " under the same licence (https://huggingface.co/black-forest-labs/FLUX.1-Fill-dev/blob/main/LICENSE.md)."
+    " under the same licence (https://huggingface.co/{weights}/blob/main/LICENSE.md)."
 )
 POCKET_LICENCE = "The base model is one of pentimento's pocket models (Apache-2.0); the adapter works with that model only."
-STOCK = 'In stock diffusers, `pipe.load_lora_weights("RUN/weights")` loads it.'
+EDIT = 'pentimento edit RUN picture.png --instruction "..."'
+SLIDER = 'pentimento edit RUN --prompt "..." --scale 0,0.5,1'
+STOCK = 'In stock diffusers, `pipe.load_lora_weights("{folder}")` loads it.'
 STOCK_EXPERTS = (
     "It has experts, which stock diffusers and ComfyUI do not know;"
     " `pentimento export RUN --to lora --out FILE` makes a plain LoRA of it for them."
@@ -34,6 +36,7 @@ def write(recipe: Recipe, method: Method) -> str:
         for name, s in recipe.stages.items()
     )
     settings = "\n".join(f"| {key} | {_cell(value)} |" for key, value in method.metadata().items())
+    given = 'instruction="...", scale=0.5' if method.generates else '"picture.png", instruction="..."'
     return f"""\
 {_front_matter(recipe)}
 # {recipe.about or f"An edit with {recipe.method}"}
@@ -46,7 +49,7 @@ An adapter for picture editing, trained with pentimento {__version__} by the met
 ## Use
 
 ```
-pentimento edit RUN picture.png --instruction "..."
+{SLIDER if method.generates else EDIT}
 ```
 
 or in Python
@@ -54,10 +57,10 @@ or in Python
 ```python
 import pentimento
 
-result = pentimento.load("RUN").edit("picture.png", instruction="...")
+result = pentimento.load("RUN").edit({given})
 ```
 
-with this folder as `RUN`. {STOCK_EXPERTS if _has_experts(method) else STOCK} {method.usage()}
+with this folder as `RUN`. {_stock(method)} {method.usage()}
 
 ## Training
 
@@ -86,14 +89,19 @@ def _front_matter(recipe: Recipe) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _has_experts(method: Method) -> bool:
-    return any(isinstance(spec, ExpertLoRA) for spec in method.adapters.specs.values())
+def _stock(method: Method) -> str:
+    specs = method.adapters.specs
+    if any(isinstance(spec, ExpertLoRA) for spec in specs.values()):
+        return STOCK_EXPERTS
+    return STOCK.format(folder="RUN/weights" + (f"/{method.main}" if len(specs) > 1 else ""))
 
 
 def _licence(weights: str) -> str:
     if weights == "pocket":
         return POCKET_LICENCE
-    return FLUX_LICENCE if weights.startswith("black-forest-labs/") else UNKNOWN_LICENCE
+    return (
+        FLUX_LICENCE.format(weights=weights) if weights.startswith("black-forest-labs/") else UNKNOWN_LICENCE
+    )
 
 
 def _packed(base: Mapping[str, Any]) -> str:

@@ -166,39 +166,38 @@ def edit(
     ] = None,
     out: Annotated[Path, typer.Option(help="A picture file for one result, else a folder.")] = Path("edited"),
 ) -> None:
-    """Edit pictures.
+    """Edit pictures, or draw prompts with a slider.
 
-    Results have the size of their picture; a sheet shows picture and results side by side.
+    Results have the size of their picture; a sheet shows picture and results side by side. Without a picture, a slider draws
+    each --prompt with all seeds and scales.
 
     Settings: candidates=6 judge=http|local|exact tries that many seeds in a few steps (early_steps) and makes the
     judge's choice in all steps; with --count each result has candidates of its own. paste_back=true keeps the picture's
-    own pixels where the edit changed nothing. backbone.KEY and config.KEY change what the run recorded.
+    own pixels where the edit changed nothing. backbone.KEY and config.KEY change what the run recorded. Sliders:
+    skips=10,14, prompts=FILE, random_seeds=true, also=RUN@0.8, inversion=RUN, inversion.KEY=VALUE.
     """
-    from . import editing, run
+    from . import editing, generation
 
     pictures, settings = editing.tell_apart(images or [])
-    options, overrides = editing.options(settings)
-    several = options.candidates
-    jobs = editing.plan(
-        pictures,
-        instructions=tuple(instruction or ()),
-        variants=editing.variants(seed=seed, count=count, scales=scale, steps=steps, candidates=several),
-        out=out,
+    options, overrides, of_inversion = editing.options(settings)
+    request = generation.Request(
+        what=what,
+        at=at,
+        pictures=tuple(pictures),
+        prompts=tuple(instruction or ()),
+        variants=editing.variants(seed=seed, count=count, scales=scale, steps=steps, options=options),
+        options=options,
         mask=mask,
-        candidates=several,
+        out=out,
+        overrides=tuple(overrides),
+        of_inversion=tuple(of_inversion),
     )
-    if not instruction:
-        run.check_instruction(what, at)
-    judge = options.open_judge() if several > 1 else None
-    editor = run.load(what, at=at, overrides=overrides)
-
-    def say(note: str) -> None:
-        print(f"pentimento: note: {note}", file=sys.stderr)
-
-    for note in editor.notes:
-        say(note)
-    for path in editing.execute(jobs, editor, options, judge, say):
+    for path in generation.carry_out(request, _note):
         print(path, flush=True)
+
+
+def _note(text: str) -> None:
+    print(f"pentimento: note: {text}", file=sys.stderr)
 
 
 @app.command()
@@ -249,8 +248,8 @@ def export(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For lora: rank, steps, lr, batch_size.")
     ] = None,
     *,
-    to: Annotated[str, typer.Option(help="diffusers, comfyui, or lora: experts made plain.")],
-    out: Annotated[Path, typer.Option(help="A .safetensors file, or a folder for one.")],
+    to: Annotated[str, typer.Option(help="diffusers, comfyui, pairedit (.pt), or lora: experts made plain.")],
+    out: Annotated[Path, typer.Option(help="The file, or a folder for it.")],
 ) -> None:
     """Write an adapter for other programs.
 

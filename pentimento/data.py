@@ -11,21 +11,27 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from . import images, parquet
 from .errors import UserError, counted
-from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_side_by_side
+from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_picture, scan_side_by_side
 from .method import Example
 
 ASPECT_TOLERANCE = 1.02  # a target 2 % wider than its source is a crop, not rounding
-SCANS = {"pairs": scan_pairs, "side_by_side": scan_side_by_side, "jsonl": scan_jsonl}
+SCANS: Mapping[str, Callable[[Path], tuple[list[Found], str]]] = {
+    "pairs": scan_pairs,
+    "side_by_side": scan_side_by_side,
+    "jsonl": scan_jsonl,
+    "picture": scan_picture,
+}
 """Kinds whose pictures are files of their own."""
 USED_BY = {
     "prompt": tuple(SCANS),
-    "mask_white": tuple(SCANS),
+    "mask_white": ("pairs", "side_by_side", "jsonl"),
+    "match": ("pairs",),
     "tasks": ("omniedit", "icedit"),
     "min_score": ("omniedit", "icedit"),
     "crop_noise": ("magicbrush", "icedit"),
@@ -39,13 +45,19 @@ class DataConfig:
 
     root: str = ""
     """Folder of the data set; for ``jsonl`` the file, or a folder that holds one such file."""
-    kind: Literal["pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit"] = "pairs"
+    kind: Literal["pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit", "picture", "none"] = (
+        "pairs"
+    )
     """``pairs``: folders source/ and target/ (or train_A/ and train_B/, or control/ and target/), files matched by stem.
     ``side_by_side``: one folder of double-wide pictures, left before, right after. ``jsonl``: one JSON object per line with
     the fields source, target, prompt, mask (paths relative to the file; the names of other trainers are understood).
     For the first two, prompts lie in prompts/STEM.txt, train_prompts.json, or STEM.txt beside the target, and masks in
     masks/. ``magicbrush``, ``omniedit``: Parquet shards of these public sets (``pentimento download``), in root or its
-    folder data/; ``icedit``: the former in root/magicbrush, then the latter in root/omniedit."""
+    folder data/; ``icedit``: the former in root/magicbrush, then the latter in root/omniedit. ``picture``: root is one picture
+    file, for methods that learn one by heart. ``none``: no pictures, for methods that learn from words."""
+    match: Literal["stem", "position"] = "stem"
+    """``pairs``: what makes two files a pair: stem, the same name but for its ending; position, their place in the order of
+    names."""
     prompt: str | None = None
     """Instruction of every pair for which the data set has none; "" trains without one."""
     mask_white: Literal["change", "keep"] = "change"
@@ -205,6 +217,40 @@ class Row:
         return {name: str(path) if path else None for name, path in paths.items()}
 
 
+@dataclass(frozen=True)
+class Blank:
+    """The one sample of ``data.kind=none``."""
+
+    key: str = "none"
+    prompts: tuple[str, ...] = ("",)
+    size: tuple[int, int] = (1, 1)
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load(self) -> Example:
+        """An example without pictures."""
+        return Example(key=self.key)
+
+    def digest(self) -> str:
+        """Always the same."""
+        return self.key
+
+    def stamp(self) -> str:
+        """The digest."""
+        return self.key
+
+    def pictures(self) -> tuple[Picture, ...]:
+        """None."""
+        return ()
+
+    def places(self) -> dict[str, str | None]:
+        """None."""
+        return {}
+
+
 def open_data(config: DataConfig) -> list[Pair]:
     """Find the pairs of a data set, read their prompts, and check all that names, headers and columns can tell.
 
@@ -212,6 +258,10 @@ def open_data(config: DataConfig) -> list[Pair]:
     two pictures of one stem, stray files, unreadable headers, pairs of different aspect, missing prompts, broken JSONL, and
     shards that are damaged or have other columns. Pictures within shards are not looked at yet, see ``verify``.
     """
+    if config.kind == "none":
+        if config.root:
+            raise UserError(f"data.root is {config.root}, but data.kind=none has no pictures; leave it out")
+        return [Blank()]
     if not config.root:
         raise UserError("data.root is empty; give the folder that holds the data set")
     root = Path(config.root).expanduser()
@@ -222,7 +272,8 @@ def open_data(config: DataConfig) -> list[Pair]:
 
 
 def _open_files(root: Path, config: DataConfig) -> list[Row]:
-    found, where = SCANS[config.kind](root)
+    scan = partial(scan_pairs, by_position=True) if config.match == "position" else SCANS[config.kind]
+    found, where = scan(root)
     found = found[: config.limit]
     bare = [one.key for one in found if not one.prompt]
     if bare and config.prompt is None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from . import data, progress, run, runfolder, schema, train
+from . import data, lookup, progress, run, runfolder, schema, train
 from . import export as export_
 from . import recipe as recipe_
 from .adapters import Adapters
@@ -121,7 +121,7 @@ def export(folder: Path, file: Path, overrides: Sequence[str]) -> export_.Export
     _check(folder, recipe)
     try:
         method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
-        method.adapters.load(run.final_weights(folder))
+        method.adapters.load(lookup.final_weights(folder))
         return _make(method, settings, recipe, folder, file)
     except torch.OutOfMemoryError as error:
         raise UserError(run.OUT_OF_MEMORY) from error
@@ -184,7 +184,7 @@ def _make(
         "error": {key: round(value, 6) for key, value in error.items()},
         "measured_on": f"{min(len(watched), settings.measured)} {'held-out' if held else 'training'} pairs",
     }
-    prompt = run.trained_prompt(run.final_weights(folder), recipe.data.prompt)
+    prompt = lookup.trained_prompt(lookup.final_weights(folder), recipe.data.prompt)
     plain_recipe = dataclasses.replace(recipe, config=_plain_config(recipe.config, plain))
     record = run.record_of(plain_recipe, method, prompt)
     with export_.writing(file):

@@ -4,6 +4,7 @@ Everything that can be wrong with the files is found before any weights are load
 """
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from .run import Editor
 from .scaling import Search
 from .schema import Origin
 
+RANDOM_SEEDS = 2**15 + 1
+"""Seeds that ``random_seeds`` draws from, as published: 0 to 32768."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Search):
@@ -27,6 +31,39 @@ class Options(Search):
 
     paste_back: bool = False
     """Keep the source's own pixels wherever the edit did not change the picture, with a soft seam in between."""
+    skips: str | None = None
+    """Sliders: steps before the edit sets in; several with commas. null: what the run recorded."""
+    prompts: str | None = None
+    """Sliders without a picture: file of prompts, a YAML list or one per line; each seed draws one of them."""
+    random_seeds: bool = False
+    """Seeds from 0 to 32768 at random instead of counting up from --seed."""
+    inversion: str | None = None
+    """Sliders: what knows the photograph by heart, a run folder or an adapter file. none named: it is trained, once per
+    photograph; inversion.KEY=VALUE changes the recipe inversion for that."""
+    also: str | None = None
+    """Sliders: further ones that act too, with commas, each with its scale: RUN@0.8,FILE@-1."""
+
+    def skip_values(self) -> list[int | None]:
+        """``skips`` as numbers."""
+        try:
+            return [int(part) for part in self.skips.split(",")] if self.skips is not None else [None]
+        except ValueError as error:
+            raise UserError(
+                f"skips: {self.skips!r}: give a step, or several with commas, such as 10,14"
+            ) from error
+
+    def further(self) -> list[tuple[str, float]]:
+        """``also`` as places and scales."""
+        found = []
+        for part in filter(None, (self.also or "").split(",")):
+            place, _, scale = part.rpartition("@") if "@" in part else (part, "", "1")
+            try:
+                found.append((place.strip(), float(scale)))
+            except ValueError as error:
+                raise UserError(
+                    f"also: {part!r}: write a run folder or file, and its scale after @"
+                ) from error
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +74,7 @@ class Variant:
     scale: float
     steps: int | None
     tag: str
+    skip: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +91,23 @@ class Job:
     every: bool
     """Write the pictures after each instruction; else only the last of each variant."""
     sheet: Path
+    inversion: Path | None = None
+    """What knows the picture by heart, for methods that need it."""
 
 
 def variants(
-    *, seed: int, count: int, scales: str, steps: int | None, candidates: int = 1
+    *,
+    seed: int,
+    count: int,
+    scales: str,
+    steps: int | None,
+    options: Options | None = None,
 ) -> tuple[Variant, ...]:
-    """All combinations of ``count`` seeds from ``seed`` on and the comma-separated ``scales``.
+    """All combinations of ``count`` seeds from ``seed`` on, the skips of ``options``, and the comma-separated ``scales``.
 
-    Each seed is the first of as many as there are ``candidates``; no two searches share one.
+    Each seed is the first of as many as there are candidates; no two searches share one.
     """
+    options = options or Options()
     if seed > LARGEST_SEED:
         raise UserError(f"--seed {seed}: seeds lie between 0 and {LARGEST_SEED}")
     try:
@@ -73,11 +119,23 @@ def variants(
     if not all(abs(v) < 100 for v in values):
         raise UserError(f"--scale {scales!r}: strengths lie between -100 and 100; 1 is what was trained")
     made = []
+    skips, seeds = options.skip_values(), _seeds(seed, count, options)
     for value in values:
-        for number in range(seed, seed + count * candidates, candidates):
-            tags = [f"scale{value:g}"] * (len(values) > 1) + [f"seed{number}"] * (count > 1)
-            made.append(Variant(seed=number, scale=value, steps=steps, tag="-".join(tags)))
+        for number in seeds:
+            for skip in skips:
+                tags = [f"scale{value:g}"] * (len(values) > 1)
+                tags += [f"seed{number}"] * (count > 1 or options.random_seeds)
+                tags += [f"skip{skip}"] * (len(skips) > 1)
+                made.append(Variant(seed=number, scale=value, steps=steps, skip=skip, tag="-".join(tags)))
     return tuple(made)
+
+
+def _seeds(seed: int, count: int, options: Options) -> Sequence[int]:
+    if not options.random_seeds:
+        return range(seed, seed + count * options.candidates, options.candidates)
+    if count > RANDOM_SEEDS:
+        raise UserError(f"--count {count}: there are {RANDOM_SEEDS} random seeds")
+    return random.SystemRandom().sample(range(RANDOM_SEEDS), count)
 
 
 def plan(
@@ -110,7 +168,7 @@ def plan(
         )
     if single and total > 1:
         raise UserError(f"--out {out} is one file, but there are {total} results; name a folder")
-    _check_folder(out.parent if single else out)
+    check_folder(out.parent if single else out)
     stems = _stems([Path(p) for p in pictures])
     jobs = []
     for name, stem, texts in zip(pictures, stems, given, strict=True):
@@ -156,7 +214,12 @@ def execute(
         rows: list[list[Image]] = []
         for variant, paths in zip(job.variants, job.results, strict=True):
             work = _Work(
-                editor=editor, variant=variant, mask=mask, options=options or Options(), judge=judge, say=say
+                editor=editor,
+                variant=variant,
+                given={"mask": mask, "inversion": job.inversion} if job.inversion else {"mask": mask},
+                options=options or Options(),
+                judge=judge,
+                say=say,
             )
             rows.append([])
             for text, path in zip(texts, paths, strict=True):
@@ -174,15 +237,16 @@ class _Work:
 
     editor: Editor
     variant: Variant
-    mask: Image | None
+    given: dict[str, Any]
+    """What an edit is given besides the picture."""
     options: Options
     judge: Judge | None
     say: Callable[[str], None]
 
     def make(self, source: Image, text: str, path: Path) -> tuple[Image, list[Path]]:
         """The picture after one instruction, and the files that were written besides it."""
-        how: dict[str, Any] = {"instruction": text, "mask": self.mask, "seed": self.variant.seed}
-        how |= {"scale": self.variant.scale, "steps": self.variant.steps}
+        how: dict[str, Any] = {"instruction": text, **self.given, "seed": self.variant.seed}
+        how |= {"scale": self.variant.scale, "steps": self.variant.steps, "skip": self.variant.skip}
         found = None
         if self.options.candidates > 1:
             found = self.editor.search(source, search=self.options, judge=self.judge, **how)
@@ -226,8 +290,6 @@ def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequenc
 
 def _per_picture(instructions: Sequence[str], count: int) -> list[tuple[str, ...]]:
     texts = tuple(instructions)
-    if any(not text.strip() for text in texts):
-        raise UserError("--instruction is empty; say what is to change")
     if count == 1 or len(texts) <= 1:
         return [texts] * count
     if len(texts) != count:
@@ -265,8 +327,8 @@ def _stems(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
-def _check_folder(folder: Path) -> None:
-    """It is made when there is something to write; but nothing may stand in its way."""
+def check_folder(folder: Path) -> None:
+    """A folder of results is made when there is something to write; ``UserError`` where something stands in its way."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--out: {folder} cannot be made a folder, because {nearest} is a file")
@@ -309,18 +371,22 @@ def tell_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return [a for a in arguments if a not in settings], settings
 
 
-def options(settings: Sequence[str]) -> tuple[Options, list[str]]:
-    """The edit's own settings, and the rest: changes of ``backbone`` and ``config``, and the ``method`` of a file of others.
+def options(settings: Sequence[str]) -> tuple[Options, list[str], list[str]]:
+    """The edit's own settings; changes of ``backbone`` and ``config``, and the ``method`` of a file of others; and what follows
+    ``inversion.`` in changes of the recipe inversion.
 
     Raises:
-        UserError: a key that neither knows, or a value of another type.
+        UserError: a key that none knows, or a value of another type.
     """
     known = schema.hints(Options)
     raw: dict[str, Any] = {}
     written: dict[tuple[str, ...], str] = {}
-    rest = []
+    rest, of_inversion = [], []
     for text in settings:
         key, _, value = text.partition("=")
+        if key.startswith("inversion."):
+            of_inversion.append(text.removeprefix("inversion."))
+            continue
         if "." in key or key == "method":
             rest.append(text)
             continue
@@ -332,4 +398,4 @@ def options(settings: Sequence[str]) -> tuple[Options, list[str]]:
             )
         raw[key] = value if schema.is_text(known[key]) and value != "null" else schema.parse_value(value)
         written[(key,)] = text
-    return schema.parse(Options, raw, Origin(name="edit", overrides=written)), rest
+    return schema.parse(Options, raw, Origin(name="edit", overrides=written)), rest, of_inversion

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import adapter_files, inspection, run, runfolder, specs
+from . import adapter_files, files, inspection, lookup, runfolder, specs, stored
 from . import recipe as recipe_
 from .errors import UserError
 from .schema import Origin
 from .specs import ExpertLoRA, LoRA
 
-TARGETS = ("diffusers", "comfyui", "lora")
+TARGETS = ("diffusers", "comfyui", "lora", "pairedit")
 PROOF = "proof"
+PAIREDIT_NAME = "semantic.pt"
 COMFYUI = re.compile(
     r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|norm1(_context)?\.linear"
     r"|ff(_context)?\.net\.(0\.proj|2))"
@@ -52,8 +52,9 @@ def export(what: str | Path, to: str, out: str | Path, overrides: Sequence[str] 
 
     Args:
         what: a run folder; for diffusers and comfyui also an adapter file.
-        to: ``diffusers``, ``comfyui``, or ``lora`` (a plain LoRA of one with experts).
-        out: a ``.safetensors`` file, or a folder for one of the usual name.
+        to: ``diffusers``, ``comfyui``, ``pairedit`` (the ``.pt`` of PairEdit's own scripts), or ``lora`` (a plain LoRA of one with
+            experts).
+        out: a ``.safetensors`` file (for pairedit a ``.pt`` file), or a folder for one of the usual name.
         overrides: changes of the recipe such as ``backbone.weights=...``, and for lora the fields of ``Distillation``.
 
     Raises:
@@ -61,7 +62,10 @@ def export(what: str | Path, to: str, out: str | Path, overrides: Sequence[str] 
     """
     if to not in TARGETS:
         raise UserError(f"--to {to!r}: known are {', '.join(TARGETS)}")
-    path, file = Path(what), target_file(Path(out))
+    path, file = (
+        Path(what),
+        target_file(Path(out), PAIREDIT_NAME if to == "pairedit" else inspection.WEIGHTS_NAME),
+    )
     if to == "lora":
         from . import distil
 
@@ -74,13 +78,13 @@ def export(what: str | Path, to: str, out: str | Path, overrides: Sequence[str] 
             f" pentimento export {what} --to lora --out FILE"
         )
     host = _host(path, source, overrides)
-    lines = (_diffusers if to == "diffusers" else _comfyui)(source, file, spec, host)
+    lines = WRITERS[to](source, file, spec, host)
     return Exported(file=file, lines=[("from", str(source)), *lines])
 
 
-def target_file(out: Path) -> Path:
-    """The file to write; raises ``UserError`` where there is one already."""
-    file = out if out.suffix == ".safetensors" else out / inspection.WEIGHTS_NAME
+def target_file(out: Path, name: str = inspection.WEIGHTS_NAME) -> Path:
+    """The file to write, called ``name`` where ``out`` is a folder; raises ``UserError`` where there is one already."""
+    file = out if out.suffix == Path(name).suffix else out / name
     if file.exists():
         raise UserError(f"--out: {file} is there already; choose another place")
     nearest = nearest_folder(file)
@@ -105,7 +109,7 @@ def writing(file: Path) -> Iterator[None]:
 
 
 def _weights_of(path: Path) -> Path:
-    return inspection.find(run.final_weights(path) if (path / runfolder.RECIPE).is_file() else path)
+    return inspection.find(lookup.final_weights(path) if (path / runfolder.RECIPE).is_file() else path)
 
 
 def _host(path: Path, source: Path, overrides: Sequence[str]) -> nn.Module | None:
@@ -116,7 +120,7 @@ def _host(path: Path, source: Path, overrides: Sequence[str]) -> nn.Module | Non
     elif not adapter_files.read_record(source) and not any(o.startswith("method=") for o in overrides):
         return None
     else:
-        raw = run.recorded_setup(source, overrides)
+        raw = lookup.recorded_setup(source, overrides)
         setup = recipe_.build_setup(raw, recipe_.override(raw, Origin(name=str(source)), overrides))
         name, backbone, config = setup.method, setup.backbone, setup.config
     method = recipe_.method_class(name).outline(backbone, config)
@@ -124,16 +128,12 @@ def _host(path: Path, source: Path, overrides: Sequence[str]) -> nn.Module | Non
 
 
 def _diffusers(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Lines:
-    """Key names, alpha and modules trained whole as stock diffusers takes them."""
-    tensors = _tensors(source)
-    metadata = inspection.read_metadata(source)
-    stock = {"lora_adapter_metadata": metadata.get("lora_adapter_metadata") or specs.stock_record(spec)}
+    """Key names and modules trained whole as stock diffusers takes them."""
     wholes = _wholes(source, spec)
-    with writing(file):
-        adapter_files.write(file, tensors, adapter_files.read_record(source), stock)
-        for whole in wholes:
+    lines = _folded(source, file, spec, host)
+    for whole in wholes:
+        with writing(file):
             shutil.copyfile(whole, file.with_name(whole.name))
-    lines = [("proof", prove(file, tensors, spec, host))]
     if wholes:
         named = ", ".join(whole.name for whole in wholes)
         lines.append(("beside it", f"{named}: modules trained whole, which load_lora_weights does not read"))
@@ -141,31 +141,80 @@ def _diffusers(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> 
 
 
 def _comfyui(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Lines:
-    """Names that ComfyUI maps to its own, and factors that are right for readers who take alpha to be the rank."""
+    """Names that ComfyUI maps to its own."""
     if wholes := _wholes(source, spec):
         raise UserError(
             f"{wholes[0]}: ComfyUI takes LoRA layers only, but this adapter has a module that was trained whole"
         )
-    scale = spec.scaled / spec.rank
-    tensors = {
-        key: (value.float() * scale).to(value.dtype) if ".lora_B." in key and scale != 1 else value
-        for key, value in _tensors(source).items()
-    }
+    tensors = _tensors(source)
     unknown = [key for key in tensors if not _known_to_comfyui(key)]
     if unknown:
         raise UserError(
             f"{source}: ComfyUI's loader for FLUX does not know {len(unknown)} of {len(tensors)} keys, such as {unknown[0]}"
         )
-    folded = LoRA(targets=spec.targets, rank=spec.rank)
-    record = _with_alpha_of_one(adapter_files.read_record(source), spec.rank)
-    with writing(file):
-        adapter_files.write(file, tensors, record, {"lora_adapter_metadata": specs.stock_record(folded)})
-    lines = [
+    return [
         ("keys", f"{len(tensors)}, each of a layer that ComfyUI's loader for FLUX maps"),
-        ("alpha", f"{spec.scaled:g} / rank {spec.rank} is in B now: a scale of 1 is right"),
-        ("proof", prove(file, tensors, folded, host)),
+        *_folded(source, file, spec, host),
     ]
-    return [line for line in lines if line[0] != "alpha" or scale != 1]
+
+
+def _folded(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Lines:
+    """Write factors that are right for readers who take alpha to be the rank, and for those who read metadata."""
+    scale = spec.scaled / spec.rank
+    tensors = {
+        key: (value.float() * scale).to(value.dtype) if ".lora_B." in key and scale != 1 else value
+        for key, value in _tensors(source).items()
+    }
+    folded = LoRA(targets=spec.targets, rank=spec.rank, full=spec.full)
+    record = _with_alpha_of_one(adapter_files.read_record(source), spec.rank)
+    metadata = stored.read_metadata(source)
+    stock = specs.stock_record(folded) if scale != 1 else metadata.get("lora_adapter_metadata")
+    with writing(file):
+        adapter_files.write(
+            file, tensors, record, {"lora_adapter_metadata": stock or specs.stock_record(folded)}
+        )
+    lines = [("alpha", f"{spec.scaled:g} / rank {spec.rank} is in B now: a scale of 1 is right")]
+    return [*(lines if scale != 1 else []), ("proof", prove(file, tensors, folded, host))]
+
+
+def _pairedit(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Lines:
+    """The ``.pt`` that PairEdit's own scripts load: bfloat16, alpha 1, whatever ours is."""
+    prefix = adapter_files.PREFIX
+    layers = [
+        key.removeprefix(prefix).removesuffix(".lora_A.weight")
+        for key in _tensors(source)
+        if ".lora_A." in key
+    ]
+    if unknown := [layer for layer in layers if stored.pairedit_name(layer) is None]:
+        raise UserError(f"{source}: PairEdit trains attention layers only, but this adapter has {unknown[0]}")
+    tensors = {key: value.float() for key, value in _tensors(source).items()}
+    factors = {
+        str(stored.pairedit_name(layer)): (
+            tensors[f"{prefix}{layer}.lora_A.weight"], tensors[f"{prefix}{layer}.lora_B.weight"] * spec.scaled,
+        )
+        for layer in layers
+    }  # fmt: skip
+    with writing(file):
+        files.write(file, stored.pairedit_bytes(factors))
+    found = stored.in_diffusers_names(stored.read_tensors(file))
+    expected = {
+        f"{prefix}{layer}.lora_A.weight": factors[str(stored.pairedit_name(layer))][0] for layer in layers
+    }
+    for key, value in expected.items():
+        if not torch.equal(found[key], value.bfloat16()):
+            raise UserError(f"{file}: {key} is read back otherwise than it was written; do not use it")
+    lines = [("proof", f"read back without running code: {len(found)} tensors of {len(layers)} layers")]
+    if spec.rank != inspection.PAIREDIT_RANK:
+        lines.append(
+            (
+                "rank",
+                f"{spec.rank}; PairEdit's scripts build rank {inspection.PAIREDIT_RANK} and load no other",
+            )
+        )
+    return lines
+
+
+WRITERS = {"diffusers": _diffusers, "comfyui": _comfyui, "pairedit": _pairedit}
 
 
 def _known_to_comfyui(key: str) -> bool:
@@ -178,7 +227,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     prefix = adapter_files.PREFIX
     return {
         prefix + key.removeprefix(prefix): value
-        for key, value in load_file(source).items()
+        for key, value in stored.in_diffusers_names(stored.read_tensors(source)).items()
         if not key.endswith(".alpha")
     }
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from . import stored
 from .errors import UserError, counted
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+MAIN = "semantic"
+"""The adapter that is meant by the folder of several: the one that carries the edit."""
 
 # Endings of the two factors of a LoRA in the dialects that are about; the groups name the module and the factor.
 FACTORS = re.compile(
@@ -33,7 +36,9 @@ DIALECTS = (
     ("transformer.", "diffusers"),
     ("unet.", "diffusers (not a transformer)"),
 )
-READ = ("diffusers", "without a prefix")
+PAIREDIT = "PairEdit and Concept Sliders"
+PAIREDIT_RANK = 16
+READ = ("diffusers", "without a prefix", PAIREDIT, "kohya (OneTrainer)")
 """Dialects that are loaded."""
 READ_KEY = "transformer.MODULE.lora_A.weight"
 
@@ -81,7 +86,7 @@ def find(what: str | Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
-    for folder in (path, path / "weights"):
+    for folder in (path, path / "weights", path / MAIN, path / "weights" / MAIN):
         if (folder / WEIGHTS_NAME).is_file():
             return folder / WEIGHTS_NAME
     files = sorted(path.rglob("*.safetensors"))
@@ -93,20 +98,6 @@ def find(what: str | Path) -> Path:
     raise UserError(f"{path}: the folder holds {len(files)} .safetensors files; name one of them: {listed}")
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        UserError: unreadable, empty, or not a safetensors file.
-    """
-    _refuse(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
-
-
 def inspect_file(what: str | Path) -> Adapter:
     """Read an adapter file completely and say what it is.
 
@@ -114,29 +105,29 @@ def inspect_file(what: str | Path) -> Adapter:
         UserError: no such file, unreadable, empty, or not a safetensors file.
     """
     path = find(what)
-    metadata = read_metadata(path)
-    shapes: dict[str, list[int]] = {}
-    dtypes: Counter[str] = Counter()
-    scalars: dict[str, float] = {}
-    problems: list[str] = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - the handle is no mapping
-                tensor = file.get_tensor(key)
-                shapes[key] = list(tensor.shape)
-                dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
-                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                    problems.append(f"{key} holds values that are not finite")
-                if key.endswith(".alpha") and tensor.numel() == 1:
-                    scalars[key.removesuffix(".alpha")] = float(tensor)
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
+    metadata = stored.read_metadata(path)
+    tensors = stored.read_tensors(path)
+    own_names = list(tensors)
+    tensors = stored.in_diffusers_names(tensors)
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    problems = [
+        f"{key} holds values that are not finite"
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()
+    ]
+    scalars = {
+        key.removesuffix(".alpha"): float(tensor)
+        for key, tensor in tensors.items()
+        if key.endswith(".alpha") and tensor.numel() == 1
+    }
     experts = experts_of(shapes)
     inner = _expert_ranks(shapes, experts, problems)
     pairs, full = _pairs({key: shape for key, shape in shapes.items() if not _of_experts(key)}, problems)
     if not pairs and not experts:
         problems.append("it holds no LoRA factors")
-    ours, dialect = own_record(path, metadata), _dialect(shapes, [*pairs, *experts])
+    ours = own_record(path, metadata)
+    dialect = _dialect(shapes, [*pairs, *experts]) if list(tensors) == own_names else _translated(own_names)
     problems += _unread(shapes, dialect, full if pairs or experts else [])
     problems += _mixed(ranks=pairs, alphas=scalars, numbers_of_experts=experts, ranks_of_experts=inner)
     return Adapter(
@@ -157,23 +148,6 @@ def inspect_file(what: str | Path) -> Adapter:
         ours=ours,
         problems=tuple(problems),
     )
-
-
-def _refuse(path: Path) -> None:
-    """What safetensors would answer with a riddle."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if not start:
-        raise UserError(f"{path}: the file is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: this is a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise UserError(
-            f"{path}: a pickled PyTorch file, which can run code when it is read; convert it to safetensors"
-        )
 
 
 def _pairs(shapes: Mapping[str, list[int]], problems: list[str]) -> tuple[dict[str, int], list[str]]:
@@ -262,6 +236,17 @@ def _dialect(shapes: Mapping[str, list[int]], modules: Sequence[str]) -> str:
     return "without a prefix" if modules else "unknown"
 
 
+def silent_on_alpha(path: Path) -> bool:
+    """Whether a LoRA file says nothing of alpha, so that readers take alpha = rank."""
+    about = inspect_file(path)
+    return bool(about.ranks) and not about.alphas
+
+
+def _translated(own_names: Sequence[str]) -> str:
+    """The dialect of a file whose names are known to mean diffusers' layers."""
+    return PAIREDIT if own_names[0].startswith(stored.PAIREDIT) else "kohya (OneTrainer)"
+
+
 def own_record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What this package recorded in a file, empty in files of others; ``UserError`` where it is damaged."""
     if "pentimento" not in metadata:
@@ -323,7 +308,7 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("base model", adapter.base),
         ("format", adapter.dialect),
         ("rank", _tally(adapter.ranks) or "none"),
-        ("alpha", _tally(adapter.alphas) or "not said; readers take alpha = rank"),
+        ("alpha", _tally(adapter.alphas) or _no_alpha(adapter)),
         *_expert_lines(adapter),
         ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
         ("full", full if adapter.full else f"none: {kind} only"),
@@ -337,6 +322,13 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("record", f"{key}: {json.dumps(value, ensure_ascii=False)}") for key, value in adapter.ours.items()
     ]
     return lines
+
+
+def _no_alpha(adapter: Adapter) -> str:
+    said = "not said; readers take alpha = rank"
+    if list(adapter.ranks) == [PAIREDIT_RANK] and all(".attn." in kind for kind in adapter.kinds):
+        said += ". PairEdit's weights are right at 1/16 of that: `pentimento edit` tells by their size whether it was forgotten"
+    return said
 
 
 def _expert_lines(adapter: Adapter) -> list[tuple[str, str]]:

@@ -66,8 +66,11 @@ def nearest(name: str, names: Collection[str]) -> str:
     return folded[(close or longer)[0]] if close or longer else ""
 
 
-def scan_pairs(root: Path) -> tuple[list[Found], str]:
-    """Pairs of two folders, in the order of their stems, and where their prompts are looked for."""
+def scan_pairs(root: Path, by_position: bool = False) -> tuple[list[Found], str]:
+    """Pairs of two folders, in the order of their stems, and where their prompts are looked for.
+
+    ``by_position``: the first of one folder belongs to the first of the other in the order of their names, and so on.
+    """
     entries = {path.name for path in entries_of(root, "a data set: the folders source/ and target/")}
     layouts = [pair for pair in SIDES if set(pair) <= entries]
     if len(layouts) != 1:
@@ -75,6 +78,8 @@ def scan_pairs(root: Path) -> tuple[list[Found], str]:
     before, after = layouts[0]
     sources = pictures_by_stem(root / before)
     targets = pictures_by_stem(root / after, texts=True)
+    if by_position:
+        targets = _in_order(sources, targets, root)
     _check_partners(sources, targets, before, after, root)
     masks = _masks(root, entries, sources)
     prompts = _prompts(root, entries, sources, beside=root / after)
@@ -83,6 +88,15 @@ def scan_pairs(root: Path) -> tuple[list[Found], str]:
         for stem, path in sources.items()
     ]
     return found, f"{root}/prompts/STEM.txt, {root}/train_prompts.json and {root / after}/STEM.txt"
+
+
+def scan_picture(root: Path) -> tuple[list[Found], str]:
+    """One picture file, which is its own target."""
+    if root.is_dir():
+        raise UserError(f"{root}: is a folder; data.kind=picture takes one picture file")
+    if not root.exists():
+        raise UserError(f"{root}: there is no such picture{_near_file(root)}")
+    return [Found(key=_stem(root.name), source=root, target=root)], "nowhere"
 
 
 def scan_side_by_side(root: Path) -> tuple[list[Found], str]:
@@ -174,6 +188,16 @@ def _no_sides(entries: Collection[str], layouts: Sequence[tuple[str, str]]) -> s
     if any(name.endswith(".jsonl") for name in entries):
         return message + "for the JSONL file there set data.kind=jsonl"
     return message + f"found:{listed(sorted(entries))}"
+
+
+def _in_order(sources: Mapping[str, Path], targets: Mapping[str, Path], root: Path) -> dict[str, Path]:
+    """Targets under the stems of the sources that stand at their place in the order of names."""
+    if len(sources) != len(targets):
+        raise UserError(
+            f"{root}: {counted(len(sources), 'source')} and {counted(len(targets), 'target')} cannot be paired by position"
+        )
+    ordered = [sorted(side.items(), key=lambda item: item[1].name) for side in (sources, targets)]
+    return {mine: path for (mine, _), (_, path) in zip(*ordered, strict=True)}
 
 
 def _check_partners(

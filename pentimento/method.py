@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL.Image import Image
@@ -47,6 +48,8 @@ class EditSettings:
     guidance: float | None = None
     scale: float = 1.0
     """Strength of the adapter: 0 is the base model, 1 what was trained."""
+    skip: int | None = None
+    """Steps before the edit sets in, for methods that make pictures of prompts."""
 
     def __post_init__(self) -> None:
         # Twice: seeds that count up from the largest one are meant too.
@@ -64,6 +67,12 @@ class Method(ABC):
     """Base models that the method works on, by the name in ``backbone.family``."""
     takes_mask: ClassVar[bool] = False
     """Whether an edit can be confined to a mask; where it cannot, being given one is an error."""
+    generates: ClassVar[bool] = False
+    """Whether it makes pictures of a prompt alone (``edit`` of an example without source), and knows ``EditSettings.skip``."""
+    per_photo: ClassVar[str] = ""
+    """Recipe that is trained on each picture before it can be edited, for ``show_photo``; empty: none is needed."""
+    main: ClassVar[str] = ""
+    """The adapter that carries the edit, where there are several: what a lone file of weights is."""
 
     load: ClassVar[Callable[..., "Method"]]
     """Class method ``load(backbone, config)``: the method on the weights that a recipe's ``backbone`` section names."""
@@ -121,9 +130,27 @@ class Method(ABC):
             views["mask-white-changes"] = example.mask
         return {name: resize(picture, self.size(*picture.size)) for name, picture in views.items()}
 
+    def preview(self, example: Example, settings: EditSettings) -> dict[str, Image]:
+        """What is shown while training, by title: of a held-out pair its edit, which is called ``result`` and measured."""
+        shown = {"source": example.source, "result": self.edit(example, settings), "target": example.target}
+        return {title: picture for title, picture in shown.items() if picture is not None}
+
     def text(self, prompt: str) -> str:
         """The text that the model is given for a prompt."""
         return prompt
+
+    @classmethod
+    def default_prompt(cls, config: Any, shared: str | None) -> str | None:
+        """What an edit asks for where nothing is said; ``shared`` is the one prompt that all training pairs had."""
+        return shared
+
+    def show_photo(self, place: Path) -> None:
+        """Take what the recipe ``per_photo`` learnt of a picture: the next edits are of this picture."""
+        raise UserError(f"inversion: {type(self).__name__} is shown the picture itself")
+
+    def compose(self, others: Sequence[tuple[Path, float]]) -> None:
+        """Let further adapters act beside the main one, each at a scale of its own."""
+        raise UserError(f"also: {type(self).__name__} edits with one adapter")
 
     def base(self) -> dict[str, Any]:
         """What adapter files record of the base model, JSON-able: family, variant, weights by name, digest."""

@@ -59,7 +59,8 @@ class Monitor(AbstractContextManager["Monitor"]):
         board: Board | None = None,
     ):
         """``board``: where the numbers are sent to as well."""
-        self.gallery = Gallery(method, out, watch, held_out, measure, seed) if held_out else None
+        shows = held_out is not None or (method.generates and watch.every > 0)
+        self.gallery = Gallery(method, out, watch, held_out, measure, seed) if shows else None
         self.book = Book(out)
         self.board = board
         self.display = Display(console or Console(file=sys.stderr))
@@ -114,10 +115,19 @@ def memory() -> int:
 
 
 class Gallery:
-    """Held-out pictures: drawn with fixed seeds, measured, and their loss under fixed draws."""
+    """Held-out pictures: drawn with fixed seeds, measured, and their loss under fixed draws.
+
+    Methods that generate draw their own prompt and need none.
+    """
 
     def __init__(
-        self, method: Method, out: Path, watch: "Watch", held_out: Samples, measure: Measure | None, seed: int
+        self,
+        method: Method,
+        out: Path,
+        watch: "Watch",
+        held_out: Samples | None,
+        measure: Measure | None,
+        seed: int,
     ):
         self.method, self.folder, self.watch = method, out / SAMPLES, watch
         self.held_out, self.measure, self.seed = held_out, measure, seed
@@ -128,26 +138,26 @@ class Gallery:
         sheet = None
         if self._due(report, self.watch.every):
             values, sheet = self.draw(report)
-            if self.held_out.cached:
+            if self.held_out is None or self.held_out.cached:
                 self.method.release_encoders()
-        if self._due(report, self.watch.loss_every or self.watch.every):
-            values |= self.losses()
+        if self.held_out is not None and self._due(report, self.watch.loss_every or self.watch.every):
+            values |= self.losses(self.held_out)
         return values, sheet
 
     def _due(self, report: Report, every: int) -> bool:
         return every > 0 and (report.step % every == 0 or report.step == report.steps)
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, held_out: Samples) -> dict[str, float]:
         """Means over all held-out pairs, each with the same draws every time; ``held_out_loss`` is of those that train."""
         sums: dict[str, float] = {}
         total = 0.0
-        count = len(self.held_out) * REPEATS
+        count = len(held_out) * REPEATS
         device = next(iter(self.method.adapters.host.parameters())).device
-        for index in range(len(self.held_out)):
+        for index in range(len(held_out)):
             for repeat in range(REPEATS):
                 draws = Draws([(self.seed, "held-out", repeat, index)], device)
                 with torch.no_grad():
-                    batch = self.held_out.batch([index], draws)
+                    batch = held_out.batch([index], draws)
                 # With gradients, though none are taken: they tell which of the numbers are trained.
                 for key, loss in self.method.losses(batch, draws):
                     sums[key] = sums.get(key, 0.0) + loss.item() / count
@@ -155,22 +165,26 @@ class Gallery:
         parts = {f"held_out_loss_{key}": value for key, value in sums.items()} if len(sums) > 1 else {}
         return {"held_out_loss": total, **parts}
 
+    def _examples(self) -> list[Example]:
+        if self.held_out is None:
+            return [Example()] * self.watch.count
+        return [row.load() for row in self.held_out.rows[: self.watch.count]]
+
     @torch.no_grad()
     def draw(self, report: Report) -> tuple[dict[str, float], Path | None]:
         """Edit held-out pictures; returns the means of what ``measure`` says, and the contact sheet that was written."""
         rows, labels, measured = [], [], []
-        for index, row in enumerate(self.held_out.rows[: self.watch.count]):
-            example = row.load()
-            result = self.method.edit(example, EditSettings(seed=self.seed + index, steps=self.watch.steps))
-            rows.append([example.source, result, example.target])
-            labels.append(example.prompt or example.key)
-            if self.measure:
-                measured.append(self.measure(example, result))
+        for index, example in enumerate(self._examples()):
+            settings = EditSettings(seed=self.seed + index, steps=self.watch.steps)
+            shown = self.method.preview(example, settings)
+            rows.append(shown)
+            labels.append(example.prompt or example.key or f"seed {settings.seed}")
+            if self.measure and "result" in shown:
+                measured.append(self.measure(example, shown["result"]))
         if not rows:
             return {}, None
-        sheet = images.sheet(
-            rows, titles=["source", f"step {report.step}", "target"], labels=labels, cell=CELL
-        )
+        titles = [f"step {report.step}" if title == "result" else title for title in rows[0]]
+        sheet = images.sheet([[*row.values()] for row in rows], titles=titles, labels=labels, cell=CELL)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             written = images.save_image(sheet, self.folder / f"{report.stage}-{report.step:06d}.png")

@@ -22,7 +22,11 @@ from .train import Stage
 
 METHODS = {
     "icedit": "pentimento.methods.icedit:ICEdit",
+    "image-slider": "pentimento.methods.sliders:ImageSlider",
     "influxedit": "pentimento.methods.influxedit:InFluxEdit",
+    "inversion": "pentimento.methods.inversion:Inversion",
+    "pairedit": "pentimento.methods.pairedit:PairEdit",
+    "text-slider": "pentimento.methods.sliders:TextSlider",
 }
 """Names of methods and where their classes are; a recipe may also give such a dotted path itself."""
 BACKBONES: dict[str, type] = {"flux": FluxConfig, "infinity": InfinityConfig}

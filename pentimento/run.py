@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from PIL.Image import Image
 
 from . import (
     __version__,
-    adapters,
     card,
-    checkpoint,
     data,
     images,
     inspection,
+    lookup,
     metrics,
     progress,
     runfolder,
@@ -34,8 +33,6 @@ from .judges import Judge
 from .method import EditSettings, Example, Method
 from .monitor import Monitor
 from .recipe import Recipe, Setup
-from .recipes import shipped
-from .schema import Origin
 
 OUT_OF_MEMORY = (
     "the device's memory does not suffice; to train: a smaller stages.NAME.batch_size, a smaller picture,"
@@ -44,18 +41,14 @@ OUT_OF_MEMORY = (
 )
 
 CACHE = "cache"
-RECORDED = {"weights", "attention_bias"}
-"""Of what an adapter's file records of its base model, the keys that are settings of its backbone."""
 START = "init"
 """Copy of the adapter that a run started from, for a run that is continued before it saved its first step."""
 PRECISIONS: Mapping[torch.dtype, train.Precision] = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
 }  # fmt: skip
 HIGHEST_PSNR = 100.0
-NO_INSTRUCTION = (
-    "say what to change with --instruction: the training pairs had no prompt in common that could stand for it"
-    ' (--instruction "" asks for nothing in particular)'
-)
+TOO_STRONG = 0.2
+"""Change of the layers, as a part of their weights, at which a scale is doubted: trained adapters were at 0.03."""
 
 
 def train_run(
@@ -207,7 +200,7 @@ def record_of(recipe: Recipe, method: Method, prompt: str | None) -> dict[str, A
         "backbone": method.base(),
         "config": schema.plain(recipe.config),
         "settings": method.metadata(),
-        "prompt": prompt,
+        "prompt": method.default_prompt(recipe.config, prompt),
     }
 
 
@@ -220,29 +213,37 @@ class Editor:
     """What is asked for where no instruction is given: the one that all training pairs shared. None: they shared none."""
     notes: tuple[str, ...] = ()
     """What a person should know, such as another base model than the trained one."""
+    setup: Setup | None = None
+    """What it was loaded with; needed to learn photographs by heart."""
 
     def edit(
         self,
-        image: Image | str | Path,
+        image: Image | str | Path | None = None,
         *,
         instruction: str | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        scale: float = 1.0,
         mask: Image | str | Path | None = None,
+        inversion: str | Path | None = None,
+        **how: Any,
     ) -> Image:
-        """Edit one picture (of any mode, or a path); the result has its size, upright.
+        """Edit one picture (of any mode, or a path); the result has its size, upright. Without one, draw the instruction.
 
-        ``None`` stands for what the run recorded. ``mask`` is white where the picture may change; ``scale`` 0 is the base
-        model and 1 what was trained.
+        Args:
+            mask: white where the picture may change.
+            inversion: what knows the picture by heart (see ``Method.per_photo``): a run folder or an adapter file. ``None``:
+                it is trained, once per picture, with a second copy of the model in memory.
+            how: fields of ``EditSettings``; ``None`` stands for what the run recorded. Scale 0 is the base model and 1 what
+                was trained.
 
         Raises:
             UserError: no instruction where there is no default, a picture that cannot be read, or memory that does not
                 suffice.
         """
-        key = "" if isinstance(image, PIL.Image.Image) else Path(image).stem
-        source = _taken(image)
+        key = "" if image is None or isinstance(image, PIL.Image.Image) else Path(image).stem
+        source = None if image is None else _taken(image)
+        if source is None and not self.method.generates:
+            raise UserError(f"{type(self.method).__name__} edits pictures: name at least one picture to edit")
+        if how.get("skip") is not None and not self.method.generates:
+            raise UserError(f"skip: {type(self.method).__name__} edits in all steps")
         if mask is not None:
             if not self.method.takes_mask:
                 raise UserError(
@@ -250,17 +251,28 @@ class Editor:
                 )
             mask = images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
         prompt = self.asked(instruction)
-        settings = EditSettings(seed=seed, steps=steps, guidance=guidance, scale=scale)
+        settings = EditSettings(**how)
+        if source is not None and (inversion is not None or self.method.per_photo):
+            self.method.show_photo(self._inversion(source) if inversion is None else Path(inversion))
         try:
             return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
 
+    def _inversion(self, picture: Image) -> Path:
+        from . import photos
+
+        if self.setup is None:
+            raise UserError(
+                "inversion: name what knows the picture by heart, for nothing is known of the base model"
+            )
+        return photos.learnt(picture, self.setup)
+
     def asked(self, instruction: str | None) -> str:
         """The instruction, or the default where none is given; ``UserError`` where there is no default."""
         prompt = self.default_instruction if instruction is None else instruction
         if prompt is None:
-            raise UserError(NO_INSTRUCTION)
+            raise UserError(lookup.NO_INSTRUCTION)
         return prompt
 
     def search(
@@ -308,6 +320,7 @@ def load(
     weights: str | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
+    also: Sequence[tuple[str | Path, float]] = (),
 ) -> Editor:
     """An editor from a run folder, or from an adapter file or a folder that holds one.
 
@@ -315,142 +328,48 @@ def load(
         at: take the weights that the run saved at this step.
         weights: another place of the base model (``backbone.weights``); ``device`` likewise.
         overrides: ``key=value`` changes of ``backbone`` and ``config``. A file of others needs ``method=NAME``.
+        also: further sliders (run folders or files) that act beside it, each with its scale.
 
     Raises:
         UserError: nothing there, no weights yet, an absent step, a file that is damaged or fits another model.
     """
-    path = Path(what)
     changes = [f"backbone.weights={weights}"] * (weights is not None) + [f"backbone.device={device}"] * (
         device is not None
     )
-    changes += overrides
-    place = _place(path, at)
-    if (path / runfolder.RECIPE).is_file():
-        recipe = recipe_.load(path)
-        notes = unfinished(path, recipe) if at is None else ()
-        plain = schema.plain(Setup(method=recipe.method, backbone=recipe.backbone, config=recipe.config))
-        editor = _editor(plain, path / runfolder.RECIPE, place, changes, default=recipe.data.prompt)
-        return replace(editor, notes=(*notes, *editor.notes))
-    return _editor(recorded_setup(place, changes), place, place, changes)
-
-
-def check_instruction(what: str | Path, at: int | None = None) -> None:
-    """Check, without loading any weights, that an edit may go without an instruction; arguments as for ``load``.
-
-    Raises:
-        UserError: it may not, or what ``load`` raises for what is no run and no adapter.
-    """
-    path = Path(what)
-    place = _place(path, at)
-    run_prompt = recipe_.load(path).data.prompt if (path / runfolder.RECIPE).is_file() else None
-    # Of files of others nothing is known, and `load` says first what else is missing.
-    if _record(place) and trained_prompt(place, run_prompt) is None:
-        raise UserError(f"{path}: {NO_INSTRUCTION}")
-
-
-def trained_prompt(place: Path, default: str | None = None) -> str | None:
-    """The prompt that all training pairs shared as the weights record it; the default for weights that do not say."""
-    prompt = _record(place).get("prompt", default)
-    return None if prompt is None else str(prompt)
-
-
-def _place(path: Path, at: int | None) -> Path:
-    """Where the weights lie: a folder of a run, or an adapter file."""
-    if (path / runfolder.RECIPE).is_file():
-        return checkpoint.at(path, at).folder if at is not None else final_weights(path)
-    if at is not None:
-        raise UserError(
-            f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
-        )
-    if not path.exists() and str(path) in shipped():
-        raise UserError(f"{path} is a recipe; train it first: pentimento train {path} data.root=FOLDER")
-    return inspection.find(path)
-
-
-def final_weights(run: Path) -> Path:
-    if next((run / runfolder.WEIGHTS).rglob(inspection.WEIGHTS_NAME), None) is not None:
-        return run / runfolder.WEIGHTS
-    saved = [str(s.step) for s in checkpoint.saved_steps(run)]
-    hint = f"; saved steps, to be used with --at: {', '.join(saved)}" if saved else ""
-    raise UserError(f"{run} has no weights yet: its training has not ended; continue it with --resume{hint}")
-
-
-def unfinished(run: Path, recipe: Recipe) -> tuple[str, ...]:
-    """A note where a run's weights are of fewer steps than its recipe has: it is being continued, or that was interrupted."""
-    record = _record(run / runfolder.WEIGHTS)
-    last, stage = list(recipe.stages.items())[-1]
-    if "step" not in record or (record["stage"], record["step"]) == (last, stage.steps):
-        return ()
-    return (
-        f"{run}: its weights are of step {record['step']} of {record['stage']}, but its recipe ends at step {stage.steps} of {last};"
-        f" to finish: pentimento train {run} --resume; saved steps, to be used with --at:"
-        f" {', '.join(str(s.step) for s in checkpoint.saved_steps(run))}",
-    )
-
-
-def _editor(
-    plain: Mapping[str, Any], origin: Path, place: Path, overrides: Sequence[str], default: str | None = None
-) -> Editor:
-    record = _record(place)
-    raw = dict(plain)
-    if other := [name for name in _named_methods(overrides) if name != raw["method"]]:
-        raise UserError(f"method={other[0]}: {origin} is of {raw['method']}; leave method out")
-    # null stood for the base model's own value; the record knows what that was when the adapter was trained.
-    settings = record.get("settings", {})
-    raw["config"] = {k: settings.get(k) if v is None else v for k, v in raw["config"].items()}
-    setup = recipe_.build_setup(raw, recipe_.override(raw, Origin(name=str(origin)), overrides))
+    found = lookup.find(what, at=at, overrides=[*changes, *overrides])
+    setup = found.setup
     try:
         method = recipe_.method_class(setup.method).load(setup.backbone, setup.config)
     except UserError as error:
         # Where the layers were read off the file, it is the file that does not fit.
-        raise UserError(str(error) if record else f"{place}: {error}") from error
-    method.adapters.load(place)
-    prompt = trained_prompt(place, default)
-    return Editor(method=method, default_instruction=prompt, notes=tuple(_notes(record, method)))
+        raise UserError(str(error) if found.record else f"{found.place}: {error}") from error
+    _fill(method, found)
+    if also:
+        method.compose([(lookup.place_of(Path(other), None), scale) for other, scale in also])
+    notes = (*found.notes, *_notes(found, method))
+    return Editor(method=method, default_instruction=found.prompt, notes=notes, setup=setup)
 
 
-def _record(place: Path) -> dict[str, Any]:
-    """This package's own record in an adapter file, or in the first one of a folder; empty in files of others."""
-    file = place if place.is_file() else min(place.rglob(inspection.WEIGHTS_NAME))
-    return inspection.own_record(file, inspection.read_metadata(file))
+def _fill(method: Method, found: lookup.Found) -> None:
+    """Load the weights; a lone file is the main adapter, the only one that an edit needs."""
+    lone = found.place.is_file() and len(method.adapters.specs) > 1
+    method.adapters.load(found.place, method.main if lone else None)
 
 
-def _named_methods(overrides: Sequence[str]) -> list[str]:
-    return [o.partition("=")[2].strip() for o in overrides if o.partition("=")[0].strip() == "method"]
-
-
-def recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Method, base model and settings as a file records them; of a file of others as far as its weights tell."""
-    record = _record(file)
-    if record:
-        backbone = {key: record["backbone"][key] for key in RECORDED & set(record["backbone"])}
-        return {"method": record["method"], "backbone": backbone, "config": dict(record["config"])}
-    named = _named_methods(overrides)
-    if not named:
-        raise UserError(
-            f"{file} does not say by which method it was trained; add method=NAME ({', '.join(recipe_.METHODS)}), and"
-            " backbone.weights=... for its base model"
+def _notes(found: lookup.Found, method: Method) -> Iterator[str]:
+    trained, here = found.record.get("backbone", {}), method.base()
+    if trained and trained.get("digest") != here.get("digest"):
+        yield (
+            f"this adapter was trained on {_base_name(trained)}, whose weights differ from those of {_base_name(here)}"
         )
-    config: dict[str, Any] = {}
-    kind = schema.hints(recipe_.method_class(named[-1]).Config).get("lora")
-    if kind is not None:
-        spec = adapters.spec_of(file)
-        config["lora"] = schema.plain(spec)
-        if isinstance(spec, adapters.ExpertLoRA) and not schema.knows(kind, "experts"):
-            raise UserError(
-                f"{file} has experts ({spec.experts} in a layer), but {named[-1]} edits with a plain LoRA; name the method that"
-                " it was trained by"
+    if not found.record and method.generates and inspection.silent_on_alpha(found.place):
+        strength = method.adapters.strength(method.main)
+        if strength is not None and strength > TOO_STRONG:
+            yield (
+                f"{found.place} says nothing of alpha, so that its scale is 1, at which it changes its layers by {strength:.0%} of"
+                " their own weights; adapters that work change them by a few percent. PairEdit's scale is alpha / rank = 1/16:"
+                " a file that was made of its weights without this factor is 16 times too strong, and right at --scale 0.0625"
             )
-    return {"method": named[-1], "backbone": {}, "config": config}
-
-
-def _notes(record: Mapping[str, Any], method: Method) -> list[str]:
-    trained, here = record.get("backbone", {}), method.base()
-    if trained.get("digest") == here.get("digest") or not trained:
-        return []
-    return [
-        f"this adapter was trained on {_base_name(trained)}, whose weights differ from those of {_base_name(here)}"
-    ]
 
 
 def _base_name(base: Mapping[str, Any]) -> str:

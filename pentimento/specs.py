@@ -3,10 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from . import adapter_files, inspection
 from .errors import UserError
@@ -24,8 +26,10 @@ class LoRA:
     """Rank of the update of a layer."""
     alpha: float | None = None
     """The update is scaled by alpha / rank. null: alpha = rank, a scale of 1."""
-    init: Literal["gaussian", "default"] = "gaussian"
-    """How A starts (B is zero): gaussian, N(0, 1/rank^2), as in diffusers' scripts; default, peft's Kaiming uniform."""
+    init: Literal["gaussian", "default", "kaiming", "orthogonal"] = "gaussian"
+    """How A starts (B is zero): gaussian, N(0, 1/rank^2), as in diffusers' scripts; default, peft's Kaiming uniform; kaiming,
+    uniform between -sqrt(3/inputs) and +sqrt(3/inputs), as in PairEdit. orthogonal: A as kaiming, B random orthonormal columns
+    that are never trained, as Concept Sliders does for all but its method "full"."""
     full: tuple[str, ...] = ()
     """Small modules trained whole beside the low-rank ones, such as x_embedder; saved in a file of their own."""
 
@@ -182,3 +186,33 @@ def stock_record(spec: LoRA) -> str:
     return json.dumps(
         {adapter_files.PREFIX + key: value for key, value in record.items()}, indent=2, sort_keys=True
     )
+
+
+def check_experts(
+    file: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], spec: LoRA, name: str
+) -> None:
+    """Refuse a file with experts for a plain adapter, the reverse, and other experts, before a list of keys would say so."""
+    found = inspection.experts_of(tensors)
+    if not isinstance(spec, ExpertLoRA):
+        if found:
+            raise UserError(
+                f"{file} has experts ({max(found.values())} in {len(found)} layers), but adapter {name!r} is a plain LoRA; set"
+                f" lora.experts={max(found.values())} to use it as it is. pentimento export RUN --to lora makes it plain"
+            )
+        return
+    if not found:
+        raise UserError(
+            f"{file} is a plain LoRA, but adapter {name!r} has {spec.experts} experts; leave lora.experts and the settings"
+            " that go with it out to use it"
+        )
+    ranks = [value.shape[0] for key, value in tensors.items() if ".lora_A.expert_" in key]
+    rank = max(ranks, default=spec.expert_rank)
+    # Files of others say nothing of the rest; for alpha they mean the rank.
+    guessed = {"experts": max(found.values()), "expert_rank": rank, "expert_alpha": float(rank)}
+    here, there = described(spec), {**guessed, **stored}
+    for key in ("experts", "expert_rank", "expert_alpha", "top_k", "gate"):
+        own = here[key]
+        if there.get(key, own) != own:
+            raise UserError(
+                f"{file} was trained with {key} {there[key]}, adapter {name!r} has {own}; set lora.{key}={there[key]}"
+            )

@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy
 
-from pentimento import checkpoint, files, inspection
+from pentimento import checkpoint, files, stored
 from pentimento.errors import UserError
 from pentimento.train import Stage
 
@@ -115,7 +115,7 @@ def test_weights_are_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in weights.rglob("*.safetensors")}.keys() == before.keys()
     assert sorted(path.name for path in weights.parent.iterdir()) == ["checkpoints", "weights"]
     file = weights / "content" / "pytorch_lora_weights.safetensors"
-    record = json.loads(inspection.read_metadata(file)["pentimento"])
+    record = json.loads(stored.read_metadata(file)["pentimento"])
     assert (record["stage"], record["step"]) == ("pair", 4)
 
 

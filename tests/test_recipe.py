@@ -10,6 +10,8 @@ from pentimento import recipe, schema
 from pentimento.adapters import ExpertLoRA, LoRA
 from pentimento.errors import UserError
 from pentimento.flux.config import FluxConfig
+from pentimento.flux.dev import ATTENTION
+from pentimento.flux.dev import LARGEST_NATIVE as LARGEST_SLIDER
 from pentimento.method import LARGEST_SEED, EditSettings
 from pentimento.methods.influxedit import LARGEST_NATIVE
 from pentimento.recipe import Recipe
@@ -71,14 +73,73 @@ def test_published_values_of_influxedit(name: str) -> None:
     assert (stage.betas, stage.eps, stage.weight_decay) == ((0.9, 0.999), 1e-8, 1e-4)
 
 
+PAIREDIT = {
+    "pairedit": (True, "direction", "preserving"),
+    "pairedit-no-content": (False, "direction", "preserving"),
+    "pairedit-no-direction": (True, "reconstruction", "preserving"),
+    "pairedit-no-direction-target": (True, "target", "preserving"),
+    "pairedit-flow": (True, "direction", "flow"),
+}
+
+
+def check_published_slider(name: str, trained: tuple[str, ...], steps: int, grid: int) -> recipe.Recipe:
+    """What PairEdit, its ablations, its baselines and inversion have in common."""
+    loaded = recipe.load(name, ["backbone.weights=black-forest-labs/FLUX.1-dev"])
+    config, (stage,) = loaded.config, loaded.stages.values()
+    assert (config.lora.rank, config.lora.alpha, config.lora.scaled / config.lora.rank) == (16, 1.0, 1 / 16)
+    assert config.lora.targets == ATTENTION
+    assert (config.guidance, config.steps, config.prompt) == (3.5, grid, "image of a person")
+    # null: what the model was made for, at most this. FLUX.1 was made for 1024. Texts of 512 tokens likewise.
+    assert (config.resolution, LARGEST_SLIDER, config.shape) == (None, 512, "square")
+    assert (config.training_prompt, config.max_sequence_length) == ("", None)
+    assert (config.weight, config.combine, config.until) == (0.75, "velocity", None)
+    assert (stage.train, stage.steps, stage.optimizer, stage.lr) == (trained, steps, "adamw", 0.002)
+    assert (stage.batch_size, stage.accumulate, stage.max_grad_norm, stage.schedule, stage.warmup) == (
+        1, 1, 0.0, "constant", 0,
+    )  # fmt: skip
+    assert (stage.betas, stage.eps, stage.weight_decay) == ((0.9, 0.999), 1e-8, 0.01)
+    assert loaded.data.held_out == 0
+    return loaded
+
+
+@pytest.mark.parametrize("name", PAIREDIT)
+def test_published_values_of_pairedit(name: str) -> None:
+    content, semantic, noising = PAIREDIT[name]
+    trained = ("content", "semantic") if content else ("semantic",)
+    config = check_published_slider(name, trained, 500, 28).config
+    assert (config.content, config.semantic, config.noising) == (content, semantic, noising)
+    assert (config.eta, config.noise_scale, config.posterior, config.skip) == (4.0, 1.0, "sample", 14)
+    assert (config.start_step, config.last_step, config.lora.init) == (0, 27, "kaiming")
+
+
+def test_published_values_of_the_baselines_and_of_inversion() -> None:
+    image = check_published_slider("image-slider", ("semantic",), 500, 28).config
+    assert (image.noising, image.start_step, image.last_step, image.skip) == ("flow", 0, 27, 14)
+    inversion = check_published_slider("inversion", ("content",), 1500, 28)
+    assert (inversion.config.noising, inversion.config.last_step, inversion.data.kind) == (
+        "flow",
+        27,
+        "picture",
+    )
+    assert inversion.config.skip == -1, "in all steps"
+    words = check_published_slider("text-slider", ("semantic",), 1000, 30)
+    assert (words.config.eta, words.config.renormalise, words.config.lora.init) == (2.0, True, "orthogonal")
+    texts = (words.config.target, words.config.positive, words.config.negative)
+    assert texts == (
+        "picture of a person", "photo of a person, smiling, happy", "photo of a person, frowning",
+    )  # fmt: skip
+    assert words.data.kind == "none"
+
+
 @pytest.mark.parametrize("write", [recipe.dump, recipe.explain])
 @pytest.mark.parametrize("name", list(shipped()))
 def test_a_written_recipe_loads_back_equal(name: str, write, tmp_path: Path) -> None:
+    stage = next(iter(recipe.load(name).stages))
     changes = [
-        "stages.edit.keep_steps=[3, 5]",
+        f"stages.{stage}.keep_steps=[3, 5]",
         "data.kind=pairs",
         'data.prompt=no: #1 "ü"',
-        "stages.edit.weight_decay=1e-7",
+        f"stages.{stage}.weight_decay=1e-7",
         "seed=7",
     ]
     loaded = recipe.load(name, changes)

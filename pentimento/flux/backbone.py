@@ -138,6 +138,11 @@ class Flux:
         return int(self._vae_config.get("sample_size", 1024))
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the autoencoder's latents before packing (16 for FLUX.1)."""
+        return int(self._vae_config["latent_channels"])
+
+    @property
     def native_text_length(self) -> int:
         """T5 tokens per prompt that the tokenizer's config allows (512 for FLUX.1)."""
         config = pretrained.read_json(self.weights.folder / "tokenizer_2" / "tokenizer_config.json")

@@ -6,43 +6,25 @@ In-Context LoRA (arXiv:2410.23775), ACE++ (arXiv:2501.02487) and ICEdit (arXiv:2
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from .. import images
-from ..adapters import Adapters, LoRA
-from ..errors import UserError
-from ..method import Example, Method
+from ..adapters import LoRA
 from . import sampling
 from .backbone import Flux, Posterior, Text
-from .config import FluxConfig
-from .loading import Variant
+from .method import FluxMethod
 
 ADAPTER = "edit"
 
 
-class FillMethod(Method):
-    """What methods share that train one adapter, ``edit``, on FLUX.1 Fill: weights, texts, and how their pairs are refused."""
+class FillMethod(FluxMethod):
+    """What methods share that train one adapter, ``edit``, on FLUX.1 Fill."""
 
-    variant: ClassVar[Variant] = "fill"
-    called: ClassVar[str]
-    """The method's name in messages."""
-    largest_native: ClassVar[int]
-    """Pixels at which a model is trained unless ``config.resolution`` says otherwise, if it was made for more."""
-
-    def __init__(self, backbone: Flux, config: Any):
-        if backbone.variant != self.variant:
-            raise UserError(
-                f"{self.called} needs FLUX.1 Fill; {backbone.weights.name} is FLUX.1 {backbone.variant}"
-            )
-        self.flux, self.config = backbone, config
-        self.resolution = config.resolution or min(backbone.native_resolution, self.largest_native)
-        self.text_length = config.max_sequence_length or backbone.native_text_length
-        self.adapters = Adapters(backbone.transformer)
-        self.adapters.add(ADAPTER, self.layers(config))
+    variant = "fill"
 
     @classmethod
     def layers(cls, config: Any) -> LoRA:
@@ -51,42 +33,14 @@ class FillMethod(Method):
         return lora
 
     @classmethod
-    def load(cls, backbone: FluxConfig, config: Any) -> Self:
-        """The method on the weights that a recipe names; raises ``UserError`` as ``Flux.load`` does."""
-        return cls(Flux.load(backbone, cls.variant), config)
-
-    @classmethod
-    def outline(cls, backbone: FluxConfig, config: Any) -> Self | None:
-        """The method without weights; ``None`` where the model's configuration is not on this machine."""
-        flux = Flux.outline(backbone, cls.variant)
-        return None if flux is None else cls(flux, config)
-
-    @classmethod
-    def names(cls, config: Any) -> tuple[str, ...]:
+    def loras(cls, config: Any) -> dict[str, LoRA]:
         """One adapter, ``edit``."""
-        return (ADAPTER,)
+        return {ADAPTER: cls.layers(config)}
 
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5 states ``(B, S, C)`` and CLIP vectors ``(B, D)`` of the prompts, put into the template."""
         text = self.flux.encode_prompts([self.text(p) for p in prompts], self.text_length)
         return {"prompt_embeds": text.prompt_embeds, "pooled": text.pooled}
-
-    def release_encoders(self) -> None:
-        """Free the text encoders and the autoencoder."""
-        self.flux.release_encoders()
-
-    def base(self) -> dict[str, Any]:
-        """Family, variant, name and digest of the FLUX weights."""
-        return self.flux.describe()
-
-    def both(self, example: Example) -> tuple[Image, Image]:
-        """Source and target of a pair; ``UserError`` names the one that is missing."""
-        source, target = example.source, example.target
-        if source is None or target is None:
-            missing = "source" if source is None else "target"
-            name = example.key or "a pair"
-            raise UserError(f"{name}: {self.called} learns from pairs, but there is no {missing} picture")
-        return source, target
 
 
 def check_settings(config: Any, *numbers: str) -> None:

@@ -25,6 +25,7 @@ Variant = Literal["fill", "dev"]
 
 # 64 channels are the packed latents; Fill adds 64 of the condition and 256 of the mask.
 IN_CHANNELS: dict[Variant, int] = {"dev": 64, "fill": 384}
+CALLED: dict[Variant, str] = {"dev": "FLUX.1 [dev]", "fill": "FLUX.1 Fill"}
 OFFICIAL: dict[Variant, str] = {
     "dev": "black-forest-labs/FLUX.1-dev",
     "fill": "black-forest-labs/FLUX.1-Fill-dev",
@@ -173,11 +174,10 @@ def check_variant(weights: Weights, kind: str) -> None:
 
 
 def _wrong_variant(place: Path, variant: Variant, kind: str, channels: object) -> str:
-    names = {"dev": "FLUX.1 [dev]", "fill": "FLUX.1 Fill"}
-    held = next((names[v] for v, n in IN_CHANNELS.items() if n == channels), f"an unknown variant ({kind})")
+    held = next((CALLED[v] for v, n in IN_CHANNELS.items() if n == channels), f"an unknown variant ({kind})")
     return (
         f"{place}: holds {held} ({channels} input channels); this method needs "
-        f"{names[variant]} ({IN_CHANNELS[variant]} input channels), for example {OFFICIAL[variant]}"
+        f"{CALLED[variant]} ({IN_CHANNELS[variant]} input channels), for example {OFFICIAL[variant]}"
     )
 
 

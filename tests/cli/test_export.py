@@ -43,14 +43,24 @@ def scaled(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def test_to_diffusers(call, scaled: Path, tmp_path: Path) -> None:
-    result = call("export", scaled, "--to", "diffusers", "--out", "there")
+def test_to_diffusers(call, trained: Path, tmp_path: Path) -> None:
+    result = call("export", trained, "--to", "diffusers", "--out", "there")
     assert result.stdout.splitlines()[-1] == str(Path("there") / NAME)
     assert (
         "all equal, in the file and in the 30 layers of a new FluxTransformer2DModel" in said(result)["proof"]
     )
-    ours, theirs = scaled / "weights" / NAME, tmp_path / "there" / NAME
-    assert theirs.read_bytes() == ours.read_bytes()
+    ours, theirs = load_file(trained / "weights" / NAME), load_file(tmp_path / "there" / NAME)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(theirs[key], value) for key, value in ours.items()
+    )
+    assert inspection.inspect_file("there").alphas == {2.0: 30}
+
+
+def test_a_scale_is_in_b_for_diffusers_too(call, scaled: Path, tmp_path: Path) -> None:
+    """Loaders that read no metadata, as diffusers before 0.35, take alpha to be the rank."""
+    call("export", scaled, "--to", "diffusers", "--out", "a")
+    call("export", scaled, "--to", "comfyui", "--out", "b")
+    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
 
 
 def test_a_file_of_ours_without_its_run(call, refuse, scaled: Path, tmp_path: Path) -> None:
@@ -118,10 +128,12 @@ def test_a_file_of_others(call, scaled: Path, tmp_path: Path) -> None:
     assert "not put into the model, whose configuration is not at hand" in said(result)["proof"]
     written = load_file(tmp_path / "a" / NAME)
     assert written.keys() == tensors.keys() and {v.dtype for v in written.values()} == {torch.bfloat16}
-    assert adapter_files.recorded_alpha(tmp_path / "a" / NAME, 0) == 4
+    assert adapter_files.recorded_alpha(tmp_path / "a" / NAME, 0) == 2, "alpha 4 at rank 2 is in B now"
+    given = {key: tensors[key].bfloat16() for key in written}
+    assert all(torch.equal(written[k], v * 2 if "lora_B" in k else v) for k, v in given.items())
     call("export", "theirs.safetensors", "--to", "comfyui", "--out", "b")
-    doubled = load_file(tmp_path / "b" / NAME)
-    assert all(torch.equal(doubled[k], v * 2 if "lora_B" in k else v) for k, v in written.items())
+    again = load_file(tmp_path / "b" / NAME)
+    assert all(torch.equal(again[k], v) for k, v in written.items())
 
 
 def test_modules_trained_whole(call, refuse, settings: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pentimento
-from pentimento import preview, recipe, run, runfolder
+from pentimento import checkpoint, lookup, preview, recipe, run, runfolder
 from pentimento.checkpoint import Interrupted
 from pentimento.errors import UserError
 from pentimento.method import Example
@@ -109,7 +109,7 @@ def test_weights_of_a_run_that_is_continued_say_that_they_are_not_the_last(
     out = run.train_run(plan("stages.edit.steps=1"), tmp_path / "run")
     assert run.load(out).notes == ()
     with monkeypatch.context() as patch, pytest.raises(UserError, match="power cut"):
-        patch.setattr(run.checkpoint, "save_weights", fails)
+        patch.setattr(checkpoint, "save_weights", fails)
         run.train_run(plan(), out, resume=True)
     (note,) = run.load(out).notes
     assert "step 1 of edit, but its recipe ends at step 2 of edit" in note and "--at: 1, 2" in note
@@ -311,8 +311,8 @@ def test_the_default_instruction_is_what_all_training_pairs_shared(
     assert editor.edit(picture(), instruction="").size == (70, 40)
     for what in (out, out / WEIGHTS):
         with pytest.raises(UserError, match="no prompt in common"):
-            run.check_instruction(what)
-    run.check_instruction(trained)
+            lookup.check_instruction(what)
+    lookup.check_instruction(trained)
 
 
 def test_a_prompt_for_pairs_without_one_is_no_default_beside_others(

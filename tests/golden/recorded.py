@@ -26,9 +26,9 @@ class Recorded:
         return self.uniforms.pop(0)
 
 
-def tiny(root: Path) -> Flux:
+def tiny(root: Path, folder: str = "tiny_flux_fill", variant: loading.Variant = "fill") -> Flux:
     """The recorded checkpoint; subsets hold no text encoders, so it is put together from its parts."""
-    weights = loading.Weights(name="golden", folder=root / "tiny_flux_fill", variant="fill")
+    weights = loading.Weights(name="golden", folder=root / folder, variant=variant)
     transformer = loading.load_transformer(weights, torch.float32)
     scheduler = loading.load_scheduler(weights)
     return Flux(weights, transformer, scheduler, device=torch.device("cpu"), dtype=torch.float32)
@@ -46,7 +46,7 @@ def watch(flux: Flux) -> list[tuple[dict[str, Tensor], Tensor]]:
 def distance(ours: Tensor | None, theirs: Tensor) -> float:
     """The largest difference, as a part of the largest value; of equal tensors 0, also where all is 0."""
     assert ours is not None
-    difference = (ours - theirs).abs().max()
+    difference = (ours.detach() - theirs).abs().max()
     return float(difference / theirs.abs().max()) if difference else 0.0
 
 

@@ -1,6 +1,7 @@
 """The lines of docs/interoperability.md, run as they stand: stock diffusers gives our picture."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pentimento.flux.dev import AttentionLoRA
 from pentimento.method import EditSettings, Example
 from pentimento.methods.icedit import DiptychLoRA, ICEdit
 from pentimento.methods.influxedit import EditLoRA, InFluxEdit
+from pentimento.methods.pairedit import PairEdit
 
 PAGE = Path(__file__).parents[2] / "docs" / "interoperability.md"
 PROMPT = "make it rain"
@@ -38,7 +41,9 @@ def trained(fill_config):
     return build
 
 
-def run(text: str, folder: Path, model: Path, source: Image.Image, prompt: str = PROMPT) -> Image.Image:
+def run(
+    text: str, folder: Path, model: Path, source: Image.Image, prompt: str = PROMPT, **more: object
+) -> Image.Image:
     settings = {"num_inference_steps": 4, "guidance_scale": 30.0, "max_sequence_length": 24}
     names = {
         "MODEL": model,
@@ -47,6 +52,7 @@ def run(text: str, folder: Path, model: Path, source: Image.Image, prompt: str =
         "SEED": 7,
         "SETTINGS": settings,
         "source": source,
+        **more,
     }
     exec(text, names)  # noqa: S102
     return names["result"]
@@ -90,6 +96,22 @@ def test_stock_diffusers_gives_the_picture_of_icedit(fill_config, tiny_fill, tmp
     method.adapters.save(tmp_path / "weights")
     theirs = run(lines("icedit"), tmp_path, tiny_fill, source, prompt=method.text(instruction))
     assert theirs.size == ours.size == (64, 48)
+    assert difference(ours, theirs) <= 1, "equal up to one level of 255"
+    assert difference(ours, base) > 8, "the adapter has an effect"
+
+
+def test_stock_diffusers_draws_the_sliders_picture(dev_config, tiny_dev, tmp_path):
+    config = PairEdit.Config(lora=AttentionLoRA(rank=3), max_sequence_length=24, resolution=32)
+    method = PairEdit.load(dev_config, config)
+    torch.manual_seed(0)
+    for parameter in method.adapters.train("semantic"):
+        torch.nn.init.normal_(parameter, std=0.4)
+    settings = EditSettings(seed=7, steps=4, scale=0.6, skip=1, guidance=30.0)
+    ours = method.edit(Example(prompt=PROMPT), settings)
+    base = method.edit(Example(prompt=PROMPT), replace(settings, scale=0.0))
+    method.adapters.save(tmp_path / "weights")
+    more = {"SKIP": 1, "SCALE": 0.6, "SIZE": 32}
+    theirs = run(lines("pairedit"), tmp_path, tiny_dev, ours, **more)
     assert difference(ours, theirs) <= 1, "equal up to one level of 255"
     assert difference(ours, base) > 8, "the adapter has an effect"
 

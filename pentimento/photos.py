@@ -1,0 +1,82 @@
+"""Photographs learnt by heart, so that sliders can edit them: each once, in a run folder of its own in the user's cache.
+
+The folder's name is a hash of the picture's pixels, of all settings of the training and of the base model.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL.Image import Image
+
+from . import checkpoint, images, recipes, runfolder, schema
+from . import recipe as recipe_
+from .errors import UserError
+from .flux import loading
+from .pocket.weights import cache_folder
+from .recipe import Recipe, Setup
+
+FOLDER = "inversions"
+SHARED = ("resolution", "shape", "max_sequence_length")
+"""Settings of a slider that the photograph's own adapter must have too: both draw the same picture together."""
+NOT_IN_THE_KEY = ("device", "attention", "compile", "offload", "gradient_checkpointing")
+"""Settings of the backbone that say where and how fast, but not what is learnt."""
+
+
+def recipe_for(setup: Setup, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that learns a photograph for a slider: on the same base model, in the same geometry.
+
+    Raises:
+        UserError: the slider's method needs none, or an override that the recipe does not know.
+    """
+    name = recipe_.method_class(setup.method).per_photo
+    if not name:
+        raise UserError(f"inversion: {setup.method} edits pictures as they are")
+    raw, origin = schema.read(recipes.text(name), f"recipe {name}")
+    raw["backbone"] = schema.plain(setup.backbone)
+    given = schema.plain(setup.config)
+    raw["config"] |= {key: given[key] for key in SHARED}
+    return recipe_.build(raw, recipe_.override(raw, origin, overrides))
+
+
+def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -> Path:
+    """The run folder of what learnt a photograph by heart; trained unless it has been.
+
+    Args:
+        picture: a file, or a picture of any mode.
+        setup: the slider's, see ``run.load``.
+        overrides: ``key=value`` changes of the recipe ``inversion``, such as ``stages.inversion.steps=300``.
+
+    Raises:
+        UserError: as ``run.train_run`` does.
+    """
+    from . import run  # the editor there calls this
+
+    photo = images.open_image(picture) if isinstance(picture, Path) else images.take_image(picture)
+    recipe = recipe_for(setup, overrides)
+    folder = cache_folder() / FOLDER / key(photo, recipe)
+    out = folder / "run"
+    if (out / runfolder.RECIPE).is_file() and (out / checkpoint.WEIGHTS).is_dir():
+        return out
+    file = folder / "picture.png"
+    if not file.is_file():
+        images.save_image(photo, file)
+    raw = schema.plain(recipe)
+    raw["data"]["root"] = str(file)
+    named = recipe_.build(raw, schema.Origin(name="recipe inversion"))
+    run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file())
+    # The optimizer's state is three times as large as the adapter, and this run has ended.
+    shutil.rmtree(out / checkpoint.FOLDER)
+    return out
+
+
+def key(photo: Image, recipe: Recipe) -> str:
+    """What the folder of a photograph is called."""
+    plain = schema.plain(recipe)
+    plain["backbone"] = {k: v for k, v in plain["backbone"].items() if k not in NOT_IN_THE_KEY}
+    base = loading.locate(recipe.backbone, "dev").digest("transformer", "vae")
+    digest = hashlib.sha256(f"{photo.mode} {photo.size}".encode() + photo.tobytes())
+    digest.update(json.dumps([plain, base], sort_keys=True).encode())
+    return digest.hexdigest()[:24]
