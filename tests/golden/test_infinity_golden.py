@@ -331,7 +331,7 @@ def with_lora(net: InfinityTransformer, file: Path) -> InfinityTransformer:
         k.replace("lora_A", "lora_A.weight").replace("lora_B", "lora_B.weight"): v
         for k, v in load_file(file).items()
     }
-    adapters.load_state_dict({"lora": state})
+    adapters.load_state_dict({"lora": state, "tensors": {}})
     adapters.use(lora=1)
     return net
 
