@@ -85,7 +85,8 @@ def as_safetensors(path: Path) -> Path:
         save_file(state, part, {"format": "pt", "source": _stamp(path)})
         part.rename(place)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
         raise UserError(
             f"{path}: cannot be converted to safetensors ({place}: {first_line(error)}); free some space, or set PENTIMENTO_CACHE "
             "to a folder you may write"

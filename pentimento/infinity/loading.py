@@ -25,7 +25,7 @@ from ..schema import Origin, parse
 from .config import InfinityConfig
 from .files import SUFFIXES, as_safetensors, shapes_of
 from .scales import LENGTHS
-from .tokenizer import Tokenizer, TokenizerConfig
+from .tokenizer import Tokenizer, TokenizerConfig, groups_of
 from .transformer import InfinityTransformer, Linear, TransformerConfig
 
 C = TypeVar("C")
@@ -36,7 +36,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 TRANSFORMER, TOKENIZER = "infinity_2b_reg", "infinity_vae_d32reg"
 """Published files, without their suffix."""
 OFFICIAL, OFFICIAL_TEXT = "FoundationVision/Infinity", "google/flan-t5-xl"
-SETTINGS = "config.json"
+OWN, SETTINGS = "infinity_reg.", "config.json"
+"""A transformer of another size than published, and the file beside it that says what its weights do not."""
 TEXT_DOWNLOAD = [
     "config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "spiece.model", "*.safetensors",
     "*.safetensors.index.json",
@@ -167,23 +168,27 @@ def _files(config: InfinityConfig, get: Callable[..., Path]) -> tuple[str, Path,
         )
         name = config.weights
     beside = path if path.is_dir() else path.parent
-    settings = read_settings(path / SETTINGS) if path.is_dir() and (path / SETTINGS).is_file() else Settings()
     transformer = (
         _one_of(path, "infinity_*reg", "infinity_vae", "backbone.weights") if path.is_dir() else path
     )
     if config.tokenizer is None:
-        return name, transformer, _one_of(beside, "infinity_vae_*", "", "backbone.tokenizer"), settings
-    tokenizer = Path(config.tokenizer).expanduser()
-    if not tokenizer.is_file():
-        raise UserError(f"backbone.tokenizer: there is no file {config.tokenizer!r}; give {TOKENIZER}.pth")
+        tokenizer = _one_of(beside, "infinity_vae_*", "", "backbone.tokenizer")
+    else:
+        tokenizer = Path(config.tokenizer).expanduser()
+        if not tokenizer.is_file():
+            raise UserError(
+                f"backbone.tokenizer: there is no file {config.tokenizer!r}; give {TOKENIZER}.pth"
+            )
+    # Published files need no settings, and what is called so beside them is something else.
+    settings = read_settings(beside / SETTINGS) if transformer.name.startswith(OWN) else Settings()
     return name, transformer, tokenizer, settings
 
 
 def _one_of(place: Path, pattern: str, but: str, key: str) -> Path:
     """The only file of that name in a folder; of the same name as a pickle and as safetensors the latter."""
-    files = [
-        p for p in place.glob(f"{pattern}.*") if p.suffix in SUFFIXES and not (but and p.name.startswith(but))
-    ]
+    # What was converted is found through its pickle, which may be newer by now.
+    whole = [p for p in place.glob(f"{pattern}.*") if p.suffix in SUFFIXES and "." not in p.stem]
+    files = [p for p in whole if not (but and p.name.startswith(but))]
     named = {p.name.partition(".")[0]: p for p in sorted(files, key=lambda p: -SUFFIXES.index(p.suffix))}
     if len(named) == 1:
         return next(iter(named.values()))
@@ -282,6 +287,11 @@ def check_tokenizer(shapes: Shapes, path: Path, groups: int | None) -> Tokenizer
         blocks=blocks,
         groups=groups,
     )
+    if wrong := [w for w in config.widths if w % groups_of(w, groups)]:
+        raise UserError(
+            f"{path}: {wrong[0]} channels are not normalised in {groups_of(wrong[0], groups)} groups; use {TOKENIZER}.pth, or "
+            f"say groups in {SETTINGS} beside {OWN}safetensors"
+        )
     _check(outline(Tokenizer, config), {k: v for k, v in shapes.items() if _is_part(k)}, path, TOKENIZER)
     return config
 

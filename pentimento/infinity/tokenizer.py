@@ -38,6 +38,11 @@ class TokenizerConfig:
         return tuple(self.channels * f for f in self.factors)
 
 
+def groups_of(channels: int, groups: int | None) -> int:
+    """Groups of a group norm, by the published rule if ``groups`` does not say."""
+    return groups or (24 if channels % 24 == 0 and channels % 32 else 32)
+
+
 class Conv(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int = 3):
         super().__init__()
@@ -50,9 +55,7 @@ class Conv(nn.Module):
 class Norm(nn.Module):
     def __init__(self, channels: int, groups: int | None):
         super().__init__()
-        if groups is None:
-            groups = 24 if channels % 24 == 0 and channels % 32 else 32
-        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.norm = nn.GroupNorm(groups_of(channels, groups), channels, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
