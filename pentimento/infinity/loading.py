@@ -102,7 +102,7 @@ class Weights:
 def _digest(files: list[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.name}:{file.stat().st_size}:".encode())
+        total.update(f"{file.stat().st_size}:".encode())
         total.update(pretrained.sample(file))
     return total.hexdigest()[:12]
 
@@ -185,14 +185,14 @@ def _files(config: InfinityConfig, get: Callable[..., Path]) -> tuple[str, Path,
 
 
 def _one_of(place: Path, pattern: str, but: str, key: str) -> Path:
-    """The only file of that name in a folder; of the same name as a pickle and as safetensors the latter."""
+    """The published file in a folder, or the only one of such a name; safetensors before a pickle of the same name."""
     # What was converted is found through its pickle, which may be newer by now.
     whole = [p for p in place.glob(f"{pattern}.*") if p.suffix in SUFFIXES and "." not in p.stem]
     files = [p for p in whole if not (but and p.name.startswith(but))]
     named = {p.name.partition(".")[0]: p for p in sorted(files, key=lambda p: -SUFFIXES.index(p.suffix))}
-    if len(named) == 1:
-        return next(iter(named.values()))
     wanted = TOKENIZER if key == "backbone.tokenizer" else TRANSFORMER
+    if len(named) == 1 or wanted in named:
+        return named.get(wanted) or next(iter(named.values()))
     what = f"holds several files ({', '.join(sorted(named))})" if named else f"holds no {wanted}.pth"
     raise UserError(f"{key}: {place} {what}; name the file itself")
 

@@ -322,6 +322,13 @@ def test_outline_of_a_hub_model_downloads_nothing(
     assert Infinity.outline(config) is None
 
 
+def test_published_files_come_first(hub: Path, tiny_infinity: Path) -> None:
+    """A folder may hold autoencoders of other widths too."""
+    torch.save({"vae": {}}, hub / "infinity_vae_d16.pth")
+    infinity = load(hub, text_encoder=str(tiny_infinity / "t5"))
+    assert infinity.weights.tokenizer.name == "infinity_vae_d32reg.pth"
+
+
 def test_norms_that_do_not_fit(hub: Path, tiny_infinity: Path) -> None:
     shutil.copy(tiny_infinity / VAE, hub / "infinity_vae_d8.safetensors")
     said = mistake(hub / "infinity_2b_reg.pth", tokenizer=str(hub / "infinity_vae_d8.safetensors"))
