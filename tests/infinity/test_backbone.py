@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from tiny_infinity import BITS, SIZE, TEXT_LENGTH
 from torch import Tensor
 
+from pentimento import lookup
 from pentimento.adapters import Adapters, LoRA
 from pentimento.errors import UserError
 from pentimento.infinity import sampling
@@ -276,3 +278,13 @@ def test_texts_of_several_lengths() -> None:
     text = ragged([torch.ones(2, 4), torch.full((5, 4), 2.0)])
     assert text.known().sum(1).tolist() == [2, 5]
     assert torch.equal(text.features.sum(2), torch.tensor([[4.0, 4, 0, 0, 0], [8.0, 8, 8, 8, 8]]))
+
+
+def test_an_adapter_is_loaded_as_it_was_trained(infinity_config: InfinityConfig, tmp_path: Path) -> None:
+    """Its file says of which base model it is, and whether that had its biases."""
+    infinity = Infinity.load(replace(infinity_config, attention_bias=False))
+    adapters = Adapters(infinity.transformer)
+    adapters.add("lora", LoRA(targets=r".*\.ffn\.fc[12]", rank=4, alpha=32))
+    adapters.save(tmp_path, {"method": "x", "backbone": infinity.describe(), "config": {}})
+    setup = lookup.recorded_setup(tmp_path, [])
+    assert setup["backbone"] == {"weights": "tiny-infinity", "attention_bias": False}
