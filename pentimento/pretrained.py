@@ -270,3 +270,10 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def avoid_cudnn_attention(device: torch.device) -> None:
+    """Keep torch from choosing cuDNN's attention."""
+    if device.type == "cuda":
+        # FLUX's backward pass died in it with an illegal memory access (torch 2.11, H200).
+        torch.backends.cuda.enable_cudnn_sdp(False)

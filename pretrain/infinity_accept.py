@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pentimento.infinity.quantizer import to_tokens
-from pentimento.infinity.sampling import Sampling, draw
+from pentimento.infinity.sampling import Sampling, Texts, draw
 from pentimento.infinity.tokenizer import Tokenizer
 from pentimento.infinity.transformer import InfinityTransformer
 from pentimento.pocket import captions
@@ -43,7 +43,7 @@ class Artist:
         out = []
         for first in range(0, len(prompts), 32):
             text = self.words.text(self.words.table(prompts[first : first + 32]))
-            made = draw(self.net, self.tokenizer.quantizer, text, bsq.SCHEDULE, sampling, generator)
+            made = draw(self.net, self.tokenizer.quantizer, Texts(text), bsq.SCHEDULE, sampling, generator)
             out.append((self.tokenizer.decode(made.z) / 2 + 0.5).cpu())
         return torch.cat(out)
 

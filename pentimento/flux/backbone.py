@@ -87,9 +87,7 @@ class Flux:
         """
         device = pretrained.choose_device(config.device)
         dtype = pretrained.choose_dtype(config.precision, device)
-        if device.type == "cuda":
-            # FLUX's backward pass died in cuDNN's attention with an illegal memory access (torch 2.11, H200).
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        pretrained.avoid_cudnn_attention(device)
         backend = check_attention(config.attention)
         weights = loading.locate(config, variant)
         flux = cls(

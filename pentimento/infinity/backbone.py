@@ -22,7 +22,7 @@ from . import loading
 from .config import InfinityConfig
 from .loading import Weights
 from .quantizer import Quantizer, up
-from .sampling import Drawn, Interventions, Sampling, draw
+from .sampling import Drawn, Interventions, Sampling, Texts, draw
 from .scales import Schedule
 from .tokenizer import Tokenizer
 from .transformer import InfinityTransformer, Text
@@ -63,6 +63,7 @@ class Infinity:
         """
         device = pretrained.choose_device(config.device)
         dtype = pretrained.choose_dtype(config.precision, device)
+        pretrained.avoid_cudnn_attention(device)
         weights = loading.locate(config)
         infinity = cls(weights, loading.load_transformer(weights, dtype), device=device, dtype=dtype)
         checkpointing = config.gradient_checkpointing
@@ -199,11 +200,10 @@ class Infinity:
             UserError: the settings name another number of scales than the schedule has.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        against = None if against is None else against.to(self.device)
+        texts = Texts(text.to(self.device), None if against is None else against.to(self.device))
         with torch.autocast(self.device.type, enabled=False):
             return draw(
-                self.transformer, self.quantizer, text.to(self.device), schedule, sampling, generator,
-                against=against, interventions=interventions,
+                self.transformer, self.quantizer, texts, schedule, sampling, generator, interventions
             )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ against.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,14 @@ class Sampling:
         return cfg, tau
 
 
+class Texts(NamedTuple):
+    """What is drawn, and what guidance leads away from."""
+
+    prompts: Text
+    against: Text | None = None
+    """One row for each prompt; ``None``: the model's own rows for no text."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interventions:
     """What reaches into the drawing of scales."""
@@ -86,22 +95,20 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(
     model: InfinityTransformer,
     quantizer: Quantizer,
-    text: Text,
+    texts: Texts,
     schedule: Schedule,
     sampling: Sampling,
     generator: torch.Generator,
-    *,
-    against: Text | None = None,
     interventions: Interventions = Interventions(),  # noqa: B008 (frozen)
 ) -> Drawn:
-    """Draw pictures for ``text``; ``against`` takes the place of the model's own rows for no text under guidance."""
+    """Draw pictures for prompts, scale by scale."""
     scales = len(schedule.grids)
     cfg, tau = sampling.per_scale(scales)
     guided = any(value != 1 for value in cfg)
-    count = len(text.features)
-    condition = model.condition(text)
+    count = len(texts.prompts.features)
+    condition = model.condition(texts.prompts)
     if guided:
-        condition = joined(condition, model.condition(against or model.without_text(text)))
+        condition = joined(condition, model.condition(texts.against or model.without_text(texts.prompts)))
     guide = {model.config.depth + n for n in sampling.cfg_blocks if n < 0}
     on_logits = not sampling.cfg_blocks or 0 in sampling.cfg_blocks
     rotation, caches = model.rotation(schedule), [Cache() for _ in range(model.config.depth)]

@@ -23,7 +23,7 @@ from pentimento.infinity import loading, sampling, transformer
 from pentimento.infinity.backbone import extend, ragged
 from pentimento.infinity.files import shapes_of
 from pentimento.infinity.quantizer import Quantizer, to_maps, to_tokens, up
-from pentimento.infinity.sampling import Drawn, Interventions, Sampling, draw
+from pentimento.infinity.sampling import Drawn, Interventions, Sampling, Texts, draw
 from pentimento.infinity.scales import TABLES, Schedule
 from pentimento.infinity.tokenizer import Tokenizer, TokenizerConfig
 from pentimento.infinity.transformer import InfinityTransformer, Text, TransformerConfig, rotate, rotations
@@ -91,7 +91,7 @@ class Drawing:
         schedule: Schedule,
         settings: Sampling,
         edit: Callable[[int, Tensor], Tensor] = lambda k, code: code,
-        **more: Any,
+        watch: sampling.WatchAll | None = None,
     ) -> Drawn | None:
         def edit_code(scale: int, code: Tensor) -> Tensor:
             self.codes.append(code)
@@ -99,11 +99,10 @@ class Drawing:
                 raise Enough
             return edit(scale, code)
 
-        watch = more.pop("watch", None)
         generator = torch.Generator().manual_seed(42)
         quantizer, seams = Quantizer(net.config.bits), Interventions(edit_code=edit_code, watch=watch)
         try:
-            return draw(net, quantizer, text, schedule, settings, generator, interventions=seams, **more)
+            return draw(net, quantizer, Texts(text), schedule, settings, generator, seams)
         except Enough:
             return None
 
