@@ -269,6 +269,10 @@ class Adapters:
         pending: list[tuple[Tensor, Tensor]] = []
         for one in names:
             file = path if path.is_file() else self._place(path, one) / WEIGHTS_NAME
+            if len(names) > 1 and not file.exists():
+                raise UserError(
+                    f"{path} does not hold the adapter {one!r} ({file.relative_to(path)}); this method has {', '.join(names)}"
+                )
             pending += self._read(file, one)
         if self.tensors and path.is_dir() and name is None:
             expected = {key: value.data for key, value in self.tensors.items()}

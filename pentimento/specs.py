@@ -118,7 +118,7 @@ def spec_of(path: Path | str) -> LoRA:
         )
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{file}: its experts cannot be used ({error}); {adapter_files.seems(file)}"
+            f"{file}: its experts cannot be used ({error}). {adapter_files.seems(file)}"
         ) from error
 
 
@@ -131,7 +131,7 @@ def _only(file: Path, what: str, values: dict[str, int]) -> int:
     found = sorted(set(values.values()))
     if len(found) != 1:
         said = f"mixed {what} {found}" if found else "no LoRA factors"
-        raise UserError(f"{file}: {said}; {adapter_files.seems(file)}")
+        raise UserError(f"{file}: {said}. {adapter_files.seems(file)}")
     return found[0]
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from .errors import UserError, first_line
+from .errors import UserError
 
 PICKLED = (b"PK\x03\x04", b"\x80\x02")
 PAIREDIT, ONETRAINER = "lora_unet_", "lora_transformer_"
@@ -81,7 +81,7 @@ def _unpickled(path: Path, data: bytes) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: a pickled PyTorch file that is damaged, or holds more than tensors, which could run code when it is read;"
-            f" convert it to safetensors ({first_line(error)})"
+            " convert it to safetensors"
         ) from error
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()

@@ -68,6 +68,11 @@ def test_a_run_holds_both_adapters_and_says_what_it_is(call, slider: Path) -> No
     assert (record["settings"]["skip"], record["settings"]["resolution"]) == (0, 32)
 
 
+def test_a_run_of_another_method_lacks_an_adapter(refuse, dev_settings: list[str], trained: Path) -> None:
+    said = refuse("train", "pairedit", *dev_settings, "--init", trained, "--dry-run")
+    assert "does not hold the adapter 'content'" in said
+
+
 def test_prompts_seeds_scales_and_skips_are_all_combined(call, slider: Path) -> None:
     printed = call(
         "edit", slider, "--prompt", "a cat", "--prompt", "A dog!", "--seed", 5, "--count", 2, "--scale", "0,1",
