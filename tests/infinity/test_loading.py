@@ -65,6 +65,14 @@ def same(a: Infinity, b: Infinity) -> bool:
     )
 
 
+def test_pocket_comes_from_the_package(
+    tiny_infinity: Path, infinity: Infinity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pentimento.infinity.loading.folder", {"pocket-infinity": tiny_infinity}.__getitem__)
+    shipped = load("pocket")
+    assert same(shipped, infinity) and shipped.describe()["weights"] == "pocket"
+
+
 def test_description_holds_no_path(infinity: Infinity, tiny_infinity: Path) -> None:
     described = infinity.describe()
     assert described["weights"] == tiny_infinity.name and str(tiny_infinity.parent) not in json.dumps(
