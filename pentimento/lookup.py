@@ -13,6 +13,8 @@ from .recipe import Recipe, Setup
 from .recipes import shipped
 from .schema import Origin
 
+RECORDED = {"weights", "attention_bias"}
+"""Of what an adapter's file records of its base model, the keys that are settings of its backbone."""
 NO_INSTRUCTION = "say what to change with --instruction: the training pairs had no prompt in common that could stand for it"
 
 
@@ -135,7 +137,7 @@ def recorded_setup(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Method, base model and settings as a file records them; of a file of others as far as its weights tell."""
     record = record_of(file)
     if record:
-        backbone = {"weights": record["backbone"]["weights"]}
+        backbone = {key: record["backbone"][key] for key in RECORDED & set(record["backbone"])}
         return {"method": record["method"], "backbone": backbone, "config": dict(record["config"])}
     named = _named_methods(overrides)
     if not named:

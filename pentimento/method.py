@@ -63,6 +63,8 @@ class Method(ABC):
     Config: ClassVar[type]
     """Frozen dataclass of the recipe's ``config`` section, documented at its fields."""
     adapters: "Adapters"
+    family: ClassVar[str] = "flux"
+    """Base models that the method works on, by the name in ``backbone.family``."""
     takes_mask: ClassVar[bool] = False
     """Whether an edit can be confined to a mask; where it cannot, being given one is an error."""
     generates: ClassVar[bool] = False

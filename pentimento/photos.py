@@ -15,6 +15,7 @@ from . import checkpoint, images, recipes, runfolder, schema
 from . import recipe as recipe_
 from .errors import UserError
 from .flux import loading
+from .flux.config import FluxConfig
 from .pocket.weights import cache_folder
 from .recipe import Recipe, Setup
 
@@ -76,6 +77,9 @@ def key(photo: Image, recipe: Recipe) -> str:
     """What the folder of a photograph is called."""
     plain = schema.plain(recipe)
     plain["backbone"] = {k: v for k, v in plain["backbone"].items() if k not in NOT_IN_THE_KEY}
+    assert isinstance(recipe.backbone, FluxConfig), (
+        "no recipe that learns photographs is for another base model"
+    )
     base = loading.locate(recipe.backbone, "dev").digest("transformer", "vae")
     digest = hashlib.sha256(f"{photo.mode} {photo.size}".encode() + photo.tobytes())
     digest.update(json.dumps([plain, base], sort_keys=True).encode())

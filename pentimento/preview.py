@@ -8,7 +8,6 @@ from pathlib import Path
 
 from . import data, images, progress, tracking, train
 from .errors import UserError, counted
-from .flux.config import FluxConfig
 from .method import Method
 from .recipe import Recipe, method_class
 from .runfolder import write_text
@@ -32,7 +31,7 @@ class Plan:
         """The plan in words."""
         recipe = self.recipe
         yield f"method     {recipe.method} on {recipe.backbone.weights}"
-        yield from _loaded(recipe.backbone)
+        yield from (f"           {note}" for note in recipe.backbone.notes())
         yield (
             f"data       {recipe.data.root}: {counted(self.samples, 'pair')} to train on, {self.held_out} held out,"
             f" {counted(self.prompts, 'different prompt')}; every picture was decoded"
@@ -51,18 +50,6 @@ class Plan:
                 f"           {counted(stage.steps, 'step')} of {batch} samples ({passes:.1f} times each),"
                 f" {stage.optimizer} at lr {stage.peak:g} ({stage.schedule}), saved every {stage.save_every}"
             )
-
-
-def _loaded(backbone: FluxConfig) -> Iterator[str]:
-    """What is loaded otherwise than the whole folder onto the device."""
-    named = {"transformer": backbone.transformer_file, "T5 text encoder": backbone.text_encoder_file}
-    for part, file in named.items():
-        path = Path(file or "").expanduser()
-        if file is not None:
-            size = f" ({path.stat().st_size / 2**30:.2f} GiB)" if path.is_file() else ""
-            yield f"           {part} from {file}{size}"
-    if backbone.offload == "model":
-        yield "           encoders and transformer take turns on the device; they wait in main memory"
 
 
 def plan(recipe: Recipe) -> Plan:

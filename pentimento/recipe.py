@@ -15,6 +15,7 @@ from . import recipes, schema
 from .data import DataConfig
 from .errors import UserError
 from .flux.config import FluxConfig
+from .infinity.config import InfinityConfig
 from .method import LARGEST_SEED, Method
 from .schema import Keys, Origin
 from .train import Stage
@@ -28,6 +29,8 @@ METHODS = {
     "text-slider": "pentimento.methods.sliders:TextSlider",
 }
 """Names of methods and where their classes are; a recipe may also give such a dotted path itself."""
+BACKBONES: dict[str, type] = {"flux": FluxConfig, "infinity": InfinityConfig}
+"""Settings of each family of base models, by the name of ``backbone.family``."""
 STAGE_NAME = re.compile(r"\w[\w-]*")
 """What a stage may be called: its checkpoints are folders of that name, and overrides part their keys at dots."""
 POLYNOMIAL_END = 1e-7
@@ -68,7 +71,7 @@ class Setup:
 
     method: str
     """Which editing method: a known name, or package.module:Class of one's own."""
-    backbone: FluxConfig = field(default_factory=FluxConfig)
+    backbone: FluxConfig | InfinityConfig = field(default_factory=FluxConfig)
     """The frozen base model."""
     config: Any = field(default_factory=dict)
     """The method's own settings."""
@@ -82,7 +85,7 @@ class Recipe:
     """Which editing method: a known name, or package.module:Class of one's own."""
     about: str = ""
     """What this recipe is for, in a line or two."""
-    backbone: FluxConfig = field(default_factory=FluxConfig)
+    backbone: FluxConfig | InfinityConfig = field(default_factory=FluxConfig)
     """The frozen base model."""
     data: DataConfig = field(default_factory=DataConfig)
     """The pictures to learn from."""
@@ -109,7 +112,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def build(raw: Mapping[str, Any], origin: Origin) -> Recipe:
     """A recipe from plain values; the method's own settings are parsed with its ``Config``."""
-    recipe = schema.parse(Recipe, raw, origin)
+    recipe = schema.parse(Recipe, _with_family(raw, origin), origin)
     recipe = dataclasses.replace(recipe, config=_config(recipe.method, recipe.config, origin))
     _check(recipe, origin)
     return recipe
@@ -117,8 +120,27 @@ def build(raw: Mapping[str, Any], origin: Origin) -> Recipe:
 
 def build_setup(raw: Mapping[str, Any], origin: Origin) -> Setup:
     """The same for what an edit needs."""
-    setup = schema.parse(Setup, raw, origin)
+    setup = schema.parse(Setup, _with_family(raw, origin), origin)
     return dataclasses.replace(setup, config=_config(setup.method, setup.config, origin))
+
+
+def _with_family(raw: Mapping[str, Any], origin: Origin) -> Mapping[str, Any]:
+    """Plain values whose backbone section says which family it is of: the method's own, if nothing was said."""
+    method, given = raw.get("method"), raw.get("backbone", {})
+    if not isinstance(method, str) or not isinstance(given, Mapping):
+        return raw  # the parser explains it
+    where = origin.at(("method",)), origin.at(("backbone", "family"))
+    wanted = method_class(method, where[0]).family
+    family = given.get("family", wanted)
+    if family not in BACKBONES:
+        near = schema.nearest(str(family), list(BACKBONES))
+        raise UserError(
+            f"{where[1]}: backbone.family should be one of {', '.join(BACKBONES)}, but {schema.describe_value(family)} was given."
+            f"{f' Did you mean {near}?' if near else ''}"
+        )
+    if family != wanted:
+        raise UserError(f"{where[1]}: backbone.family is {family}, but {method} works on {wanted}")
+    return {**raw, "backbone": {**given, "family": family}}
 
 
 def _config(method: str, given: Any, origin: Origin) -> Any:
@@ -228,7 +250,7 @@ def _wants_text(raw: Mapping[str, Any], keys: Keys) -> bool:
     """Whether the field is one for text, which is then taken as it stands: a prompt may hold colons, dates and braces."""
     kind: Any = Recipe
     for depth, key in enumerate(keys):
-        owner = schema.section(kind)
+        owner = schema.section(kind, {key: None})
         if depth == 0 and key == "config":
             kind = method_class(str(raw.get("method"))).Config
         elif owner is not None:

@@ -152,11 +152,19 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def section(kind: Any, value: Any = None) -> type | None:
-    """The dataclass among a type's alternatives; of several the one that knows most of the value's keys."""
+    """The dataclass among a type's alternatives; of several the one that is named, or that knows most of the value's keys."""
     classes = [m for m in _members(kind) if isinstance(m, type) and dataclasses.is_dataclass(m)]
     if len(classes) > 1 and isinstance(value, Mapping):
-        classes.sort(key=lambda c: -len(set(value) & {f.name for f in dataclasses.fields(c)}))
+        classes.sort(
+            key=lambda c: (_denies(c, value), -len(set(value) & {f.name for f in dataclasses.fields(c)}))
+        )
     return classes[0] if classes else None
+
+
+def _denies(cls: type, value: Mapping[str, Any]) -> bool:
+    """Whether a field that may only say one thing, such as the family of a base model, says another."""
+    only = {name: get_args(kind) for name, kind in hints(cls).items() if get_origin(kind) is Literal}
+    return any(len(said) == 1 and value.get(name, said[0]) != said[0] for name, said in only.items())
 
 
 def knows(kind: Any, key: str) -> bool:

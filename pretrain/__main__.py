@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from pentimento.pocket import weights
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -23,11 +25,20 @@ def arguments() -> argparse.Namespace:
             "export",
             "unpack",
             "accept",
+            "bsq",
+            "bsq-decoder",
+            "infinity",
+            "infinity-accept",
+            "infinity-export",
         ),
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="folder of the stage before")
-    parser.add_argument("--tokenizers", type=Path, help="folder that the stage `tokenizers` wrote")
+    parser.add_argument(
+        "--tokenizers",
+        type=Path,
+        help="folder that `tokenizers` wrote; for Infinity one with the text encoder too",
+    )
     parser.add_argument(
         "--again", type=int, default=0, help="repetition of the stage, from 0: other scenes, other noise"
     )
@@ -40,13 +51,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--muon", action="store_true", help="Muon for the matrices of blocks instead of AdamW"
     )
+    parser.add_argument("--eager", action="store_true", help="do not compile (Infinity's stages)")
     return parser.parse_args()
+
+
+def network_stage(args: argparse.Namespace, text: Path, device: torch.device) -> None:
+    """A stage of the loop that all networks but FLUX's autoencoder share."""
+    from . import bsq, flux, infinity
+    from .optimise import Budget
+
+    budget = Budget(
+        seconds=args.seconds, batch=args.batch, pool=args.pool, again=args.again, device=device,
+        peak=args.lr, muon=args.muon, eager=args.eager,
+    )  # fmt: skip
+    if args.stage == "infinity":
+        infinity.run(args.out, args.start, text, budget)
+    elif args.stage in ("bsq", "bsq-decoder"):
+        bsq.train(args.stage, args.out, args.start, budget)
+    else:
+        flux.run(args.stage, args.out, args.start, args.tokenizers, budget)
 
 
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = args.tokenizers or weights.folder("pocket-fill")
     if args.stage == "tokenizers":
         from . import tokenizers
 
@@ -67,28 +97,22 @@ def main() -> None:
         from . import preview
 
         preview.main(args.start, args.tokenizers, args.out, device, args.batch, (1.0, 3.5, 30.0, 50.0))
-    elif args.stage not in ("autoencoder", "decoder"):
-        from . import flux
+    elif args.stage == "infinity-accept":
+        from . import infinity_accept
 
-        flux.run(
-            args.stage,
-            args.out,
-            args.start,
-            args.tokenizers,
-            seconds=args.seconds,
-            batch=args.batch,
-            pool=args.pool,
-            again=args.again,
-            device=device,
-            peak=args.lr,
-            muon=args.muon,
-        )
-    else:
+        infinity_accept.main(args.start, text, args.out, device, args.count)
+    elif args.stage == "infinity-export":
+        from . import infinity
+
+        infinity.export(args.start, args.out)
+    elif args.stage in ("autoencoder", "decoder"):
         from . import autoencoder
 
         autoencoder.train(
             args.out, args.seconds, args.batch, args.pool, device, args.start, args.stage == "decoder"
         )
+    else:
+        network_stage(args, text, device)
 
 
 if __name__ == "__main__":

@@ -21,107 +21,15 @@ from pentimento.pocket import captions, readout, tasks
 from pentimento.pocket import scene as world
 from pentimento.pocket.render import render
 
+from .reading import captions_found, drawn_scenes, psnr, to_pictures, to_tensor
+
 TEXT = 64
-POSE = {
-    "dx": np.linspace(-0.2, 0.2, 11), "dy": np.linspace(-0.12, 0.14, 9), "scale": np.linspace(0.8, 1.14, 9), "tilt": np.linspace(-0.16, 0.16, 7),
-}  # fmt: skip
-NAMED = ("glasses", "hat", "beard", "earring", "hair", "hat_colour", "shirt", "bg", "texture")
-
-
-def to_tensor(pictures: list[Image.Image]) -> Tensor:
-    return torch.stack(
-        [torch.from_numpy(np.asarray(p, dtype=np.float32)).permute(2, 0, 1) / 255 for p in pictures]
-    )
-
-
-def to_pictures(x: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in x]
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    return -10 * torch.log10((a - b).pow(2).mean((1, 2, 3)).clamp(min=1e-7))
 
 
 @torch.no_grad()
 def round_trip(vae: Any, x: Tensor) -> Tensor:
     out = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mean).sample for part in x.split(16)]
     return (torch.cat(out) / 2 + 0.5).clamp(0, 1)
-
-
-def explain(picture: Tensor, start: world.Scene) -> world.Scene:
-    """The scene whose render is nearest to ``picture`` (3, H, W in [0, 1]), from the captioned one with any pose."""
-    height, width = picture.shape[1:]
-    if start["kind"] == "portrait":
-        grids: dict[str, list[Any]] = {name: grid.tolist() for name, grid in POSE.items()}
-        grids |= {n: readout.values(start, n) for n in (*readout.STEPS, *readout.PORTRAIT, "bg", "texture")}
-    else:
-        slots = captions.present(start)
-        grids = {}
-        for k in slots:
-            grids |= {
-                f"jx{k}": np.linspace(-0.2, 0.2, 9).tolist(),
-                f"jy{k}": np.linspace(-0.2, 0.2, 9).tolist(),
-            }
-            grids |= {
-                f"size{k}": np.linspace(0.15, 0.32, 7).tolist(),
-                f"rotation{k}": np.linspace(-0.4, 0.4, 7).tolist(),
-            }
-            grids |= {
-                f"{part}{k}": readout.values(start, f"{part}{k}")
-                for part in ("present", "colour", "shape", "fill")
-            }
-        grids |= {n: readout.values(start, n) for n in ("bg", "texture", "shadow")}
-    current, best = start, float("inf")
-    for _ in range(3):
-        before = current
-        for name, grid in grids.items():
-            if not readout.visible(current, name):
-                continue
-            errors = (
-                (render([current | {name: v} for v in grid], width, height) - picture).pow(2).mean((1, 2, 3))
-            )
-            if float(errors.min()) < best * 0.9999:
-                current, best = current | {name: grid[int(errors.argmin())]}, float(errors.min())
-        if current == before:
-            break
-    return current
-
-
-def found(picture: Tensor, wanted: world.Scene) -> list[bool]:
-    """Per attribute that the caption names: is it in the picture?"""
-    small = F.avg_pool2d(picture[None], 2)[0]
-    neutral = dict.fromkeys(("dx", "dy", "tilt"), 0.0) | {"scale": 0.97}
-    start = wanted | (neutral if wanted["kind"] == "portrait" else {})
-    seen = explain(small, start)
-    if wanted["kind"] == "portrait":
-        names = [n for n in NAMED if readout.visible(wanted, n) and not (n == "hair" and wanted["age"] > 0.6)]
-        words = [captions.expression(seen) == captions.expression(wanted)]
-        return words + [seen[n] == wanted[n] for n in names]
-    parts = [f"{part}{k}" for k in captions.present(wanted) for part in ("present", "colour", "shape")]
-    return [seen[n] == wanted[n] for n in [*parts, "bg"]]
-
-
-def drawn_scenes(kind: str, count: int) -> list[world.Scene]:
-    """Test scenes that say what they show: no whole-picture style, and a clear expression and age."""
-    out: list[world.Scene] = []
-    for number in world.seeds("test"):
-        scene = world.draw(number, kind) | {"style": 0}
-        if kind == "portrait" and (0.2 < abs(scene["smile"]) < 0.5 or world.held_out(scene)):
-            continue
-        out.append(scene)
-        if len(out) == count:
-            return out
-    return out
-
-
-def captions_found(draw: Callable[[list[str]], list[Image.Image]], count: int) -> dict[str, float]:
-    out = {}
-    for kind in ("portrait", "shapes"):
-        scenes = drawn_scenes(kind, count)
-        pictures = draw([captions.caption(s, 1 if kind == "shapes" else 0) for s in scenes])
-        results = [found(x, s) for x, s in zip(to_tensor(pictures), scenes, strict=True)]
-        out[kind] = sum(map(sum, results)) / sum(map(len, results))
-    return out
 
 
 def filler(

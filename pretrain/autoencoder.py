@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from . import models, pools
+from . import models, pools, saving
+from .optimise import Average, learning_rate
 
 FORGIVEN = 0.1
 
@@ -22,16 +23,6 @@ FORGIVEN = 0.1
 def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
     d = a - b
     return (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
-
-
-def learning_rate(peak: float, progress: float, step: int, warmup: int = 300) -> float:
-    """Linear warm-up, constant, then a cosine-like fall to 2 % over the second 60 %."""
-    fall = max(0.0, (progress - 0.4) / 0.6)
-    return (
-        peak
-        * min(1.0, (step + 1) / warmup)
-        * max(0.02, 0.5 * (1 + torch.cos(torch.tensor(fall * 3.14159)).item()))
-    )
 
 
 def take(drawn: Tensor, free: Tensor, batch: int) -> Tensor:
@@ -84,12 +75,12 @@ def train(
     print(f"pool of {len(drawn)} renders and {len(free)} procedural pictures", flush=True)
     vae = models.autoencoder().to(device, memory_format=torch.channels_last)
     if start:
-        vae.load_state_dict(models.load_part(start, "vae"))
+        vae.load_state_dict(saving.load_part(start, "vae"))
     params = list((vae.decoder if decoder_only else vae).parameters())
     vae.encoder.requires_grad_(not decoder_only)
     factors = json.loads((start / "vae.json").read_text()) if start and decoder_only else {}
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4, fused=cuda)
-    average = models.Average(params)
+    average = Average(params)
     encode, decode = (torch.compile(part) if cuda else part for part in (vae.encoder, vae.decoder))
     began, step, psnr = None, 0, 0.0
     while began is None or time.time() - began < seconds:
@@ -122,18 +113,8 @@ def train(
                 flush=True,
             )
     average.swap()
-    models.save_parts(out, {"vae": vae})
+    saving.save_parts(out, {"vae": vae})
     if not decoder_only:
         factors, spread = measure(vae, drawn)
         print(f"vae: {step} steps, {factors}, std per channel {spread}", flush=True)
     (out / "vae.json").write_text(json.dumps(factors))
-
-
-@torch.no_grad()
-def round_trip(vae, pictures: Tensor) -> Tensor:
-    """PSNR per picture of decoding the posterior's mean; pictures (n, 3, H, W) in [-1, 1]."""
-    out = []
-    for x in pictures.split(64):
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        out.append(-10 * torch.log10(((y - x) / 2).pow(2).mean((1, 2, 3))))
-    return torch.cat(out)

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from pentimento.pocket.weights import FOLDED, constant_condition
 
-from . import models
+from . import saving
 from .flux import Codec, Network, pack
 
 
@@ -30,7 +30,7 @@ def write(start: Path, tokenizers: Path, out: Path) -> None:
     t5 = T5TokenizerFast.from_pretrained(str(tokenizers / "tokenizer_2"))
     clip = CLIPTokenizer.from_pretrained(str(tokenizers / "tokenizer"))
     net = Network(len(t5), len(clip))
-    net.load_state_dict(models.load_part(start, "net"))
+    net.load_state_dict(saving.load_part(start, "net"))
     share_capitals(net, t5)
     codec.vae.register_to_config(shift_factor=codec.shift, scaling_factor=codec.scale)
     scheduler = FlowMatchEulerDiscreteScheduler(
@@ -62,6 +62,6 @@ def unpack(folder: Path, out: Path) -> None:
     parts = {"transformer": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder}
     net = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     net.setdefault("t5.encoder.embed_tokens.weight", net["t5.shared.weight"].clone())
-    models.save_parts(out, {"net": net, "vae": pipe.vae})
+    saving.save_parts(out, {"net": net, "vae": pipe.vae})
     factors = {name: pipe.vae.config[name] for name in ("shift_factor", "scaling_factor")}
     (out / "vae.json").write_text(json.dumps(factors))

@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from . import models, pools
-from .autoencoder import learning_rate
-from .muon import Muon
+from . import models, pools, saving
+from .optimise import Budget, optimise, prepare_torch
 from .processes import Processes
 
 CLIP_TOKENS = 72
@@ -74,7 +71,7 @@ class Codec:
 
     def __init__(self, folder: Path, device: torch.device):
         self.vae = models.autoencoder()
-        self.vae.load_state_dict(models.load_part(folder, "vae"))
+        self.vae.load_state_dict(saving.load_part(folder, "vae"))
         self.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         factors = json.loads((folder / "vae.json").read_text())
         self.shift, self.scale = factors["shift_factor"], factors["scaling_factor"]
@@ -301,80 +298,6 @@ def distillation_loss(net: Network, teacher: Network, world: World, batch: Batch
     return F.mse_loss(v.float(), torch.lerp(v_nothing, v_text, effective_scale(guidance).view(-1, 1, 1)))
 
 
-def optimizers(net: Network, peak: float, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest."""
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    inner = [
-        p
-        for name, p in named
-        if muon and p.ndim == 2 and "block" in name and "embed" not in name and "relative" not in name
-    ]
-    chosen = {id(p) for p in inner}
-    outer = [p for _, p in named if id(p) not in chosen]
-    out: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=outer[0].is_cuda)
-    ]
-    return [*out, Muon(inner, peak)] if inner else out
-
-
-def optimise(
-    net: Network,
-    loss_of: Callable[[int], tuple[str, Tensor]],
-    finish: float,
-    peak: float,
-    muon: bool,
-    processes: Processes,
-    snapshot: Callable[[], None],
-) -> None:
-    """Train until a point in time with an average of the weights; the average is what stays, and what snapshots hold."""
-    params = [p for p in net.parameters() if p.requires_grad]
-    steppers = optimizers(net, peak, muon)
-    average = models.Average(params, 0.9993)
-    began, step, sums, progress = 0.0, 0, {}, 0.0
-    opened = saved = time.time()
-    while progress < 1:
-        for group in (g for o in steppers for g in o.param_groups):
-            group["lr"] = learning_rate(peak, progress, step)
-        name, loss = loss_of(step)
-        net.zero_grad(set_to_none=True)
-        loss.backward()
-        processes.mean_gradients(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for stepper in steppers:
-            stepper.step()
-        average.update()
-        step += 1
-        sums.setdefault(name, []).append(loss.detach())
-        if step == 40:
-            if params[0].is_cuda:
-                torch.cuda.synchronize()
-            began = time.time()
-            print(f"first 40 steps took {began - opened:.0f}s", flush=True)
-        if began and step % 20 == 0:  # the clock of one process counts for all, so that they stop together
-            progress = processes.of_first((time.time() - began) / max(1.0, finish - began))
-        if step % 500 == 0 or progress >= 1:
-            means = {k: round(torch.stack(v).mean().item(), 4) for k, v in sorted(sums.items())}
-            if processes.rank == 0:
-                print(f"step {step} {time.time() - began:.0f}s {means}", flush=True)
-            sums.clear()
-        if processes.rank == 0 and time.time() - saved > 300:
-            average.swap()
-            snapshot()
-            average.swap()
-            saved = time.time()
-    print(f"{step} steps", flush=True)
-    average.swap()
-
-
-def prepare_torch() -> None:
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has been seen to fail on this kind of model
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.set_float32_matmul_precision("high")
-    # An assertion of this analysis fails on FLUX's blocks with dynamic shapes (torch 2.11); eager is the way out of others.
-    torch._inductor.config.triton.coalesce_tiling_analysis = False
-    torch._dynamo.config.suppress_errors = True
-
-
 def teacher_of(net: Network, world: World) -> Network:
     """A frozen copy of the network, whose text encoders stay as they are from then on."""
     teacher = Network(len(world.t5_tokenizer), len(world.clip_tokenizer)).to(world.device)
@@ -389,12 +312,12 @@ def teacher_of(net: Network, world: World) -> Network:
 
 def losses(
     net: Network, teacher: Network | None, world: World, shares: tuple[float, ...], batch: int
-) -> Callable[[int], tuple[str, Tensor]]:
+) -> Callable[[float], tuple[str, Tensor]]:
     """The loss of a step with the kind of its batch, drawn by ``shares``; with a teacher, that of distilling."""
     kinds = {"draw": world.draw, "fill": world.fill, "pair": world.pair, "long": world.long_text}
     sizes = {"draw": batch, "fill": batch, "pair": batch * 5 // 8, "long": batch}
 
-    def loss_of(step: int) -> tuple[str, Tensor]:
+    def loss_of(progress: float) -> tuple[str, Tensor]:
         name = random.choices(list(kinds), shares)[0]
         rows = kinds[name](sizes[name])
         if teacher is None:
@@ -411,24 +334,13 @@ def run(
     out: Path,
     start: Path,
     tokenizers: Path,
-    *,
-    seconds: float,
-    batch: int,
-    pool: int,
-    again: int,
-    device: torch.device,
-    peak: float | None = None,
-    muon: bool = False,
+    budget: Budget,
 ) -> None:
-    """``base`` starts from nothing, ``fill`` continues it with more diptychs, ``distil`` gives the guidance its meaning.
-
-    ``seconds`` covers the whole stage, from making the pools to saving. ``again`` counts repetitions of a stage: each has
-    its own scenes and noise. Under torchrun every process has its own scenes too; ``batch`` and ``pool`` are per process.
-    """
-    processes = Processes(device)
+    """``base`` starts from nothing, ``fill`` continues it with more diptychs, ``distil`` gives the guidance its meaning."""
+    processes = Processes(budget.device)
     device = processes.device
-    seed = 10 * again + {"base": 1, "fill": 2, "distil": 3}[stage]
-    random.seed(f"{stage}{again}")
+    seed = 10 * budget.again + {"base": 1, "fill": 2, "distil": 3}[stage]
+    random.seed(f"{stage}{budget.again}")
     prepare_torch()
     opened = time.time()
     torch.manual_seed(seed + 1000 * processes.rank)
@@ -436,8 +348,8 @@ def run(
     world = World(
         codec,
         tokenizers,
-        pool,
-        FIRST_SCENE[stage] + 40_000_000 * again + 1_000_000_000 * processes.rank,
+        budget.pool,
+        FIRST_SCENE[stage] + 40_000_000 * budget.again + 1_000_000_000 * processes.rank,
         device,
     )
     print(
@@ -448,20 +360,20 @@ def run(
     net = Network(len(world.t5_tokenizer), len(world.clip_tokenizer)).to(device)
     torch.manual_seed(seed + 1000 * processes.rank)
     if stage != "base":
-        net.load_state_dict(models.load_part(start, "net"))
+        net.load_state_dict(saving.load_part(start, "net"))
     teacher = teacher_of(net, world) if stage == "distil" else None
-    if device.type == "cuda":
+    if device.type == "cuda" and not budget.eager:
         net.transformer.compile_repeated_blocks(dynamic=True)
 
     def save() -> None:
         state = {key.replace("_orig_mod.", ""): value for key, value in net.state_dict().items()}
-        models.save_parts(out, {"net": state, "vae": codec.vae})
+        saving.save_parts(out, {"net": state, "vae": codec.vae})
         (out / "vae.json").write_text(
             json.dumps({"shift_factor": codec.shift, "scaling_factor": codec.scale})
         )
 
-    loss_of = losses(net, teacher, world, SHARES[stage], batch)
-    optimise(net, loss_of, opened + seconds, peak or PEAKS[stage], muon, processes, save)
+    loss_of = losses(net, teacher, world, SHARES[stage], budget.batch)
+    optimise(net, loss_of, opened + budget.seconds, budget.peak or PEAKS[stage], budget.muon, processes, save)
     if processes.rank == 0:
         save()
     if processes.count > 1:

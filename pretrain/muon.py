@@ -31,10 +31,11 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - group["momentum"])
-            update = orthogonal(grad.lerp(state["momentum"], group["momentum"]))
-            update *= -group["lr"] * 0.2 * math.sqrt(max(grad.shape[1:]))
+            # A convolution's kernel counts as the matrix from patches to channels.
+            update = orthogonal(grad.lerp(state["momentum"], group["momentum"]).flatten(2))
+            update *= -group["lr"] * 0.2 * math.sqrt(max(update.shape[1:]))
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(update.unbind()))
+            torch._foreach_add_(params, list(update.view_as(grad).unbind()))
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -105,18 +105,19 @@ def pairs(start: int, count: int, size: tuple[int, int], device: torch.device, w
 def procedural(count: int, size: int, device: torch.device) -> Tensor:
     """Pictures ``(count, 3, size, size)`` uint8 with the statistics of photographs: dead leaves, 1/f noise, gradients."""
     out = []
-    for _ in range(-(-count // 256)):
-        a, b = _noise(256, size, device), _leaves(256, size, device)
-        k = torch.rand(256, 1, 1, 1, device=device)
-        x = torch.where(torch.rand(256, 1, 1, 1, device=device) < 0.3, a, b + (a - 0.5) * 0.5 * k)
+    n = min(256, count)
+    for _ in range(-(-count // n)):
+        a, b = _noise(n, size, device), _leaves(n, size, device)
+        k = torch.rand(n, 1, 1, 1, device=device)
+        x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.3, a, b + (a - 0.5) * 0.5 * k)
         x = torch.lerp(
-            x, x.mean(1, keepdim=True), 0.9 * torch.rand(256, 1, 1, 1, device=device)
+            x, x.mean(1, keepdim=True), 0.9 * torch.rand(n, 1, 1, 1, device=device)
         )  # most photographs are pale
-        contrast = 0.4 + 0.9 * torch.rand(256, 1, 1, 1, device=device)
+        contrast = 0.4 + 0.9 * torch.rand(n, 1, 1, 1, device=device)
         x = (
             (x - x.mean((1, 2, 3), keepdim=True)) * contrast
             + 0.2
-            + 0.6 * torch.rand(256, 1, 1, 1, device=device)
+            + 0.6 * torch.rand(n, 1, 1, 1, device=device)
         )
         out.append((x.clamp(0, 1) * 255).round().byte())
     return torch.cat(out)[:count]

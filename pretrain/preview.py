@@ -14,7 +14,7 @@ from pentimento.pocket import captions, readout, tasks
 from pentimento.pocket import scene as world
 from pentimento.pocket.render import render
 
-from . import models
+from . import saving
 from .flux import CLIP_TOKENS, Batch, Codec, Network, mask_tokens, pack
 
 
@@ -26,7 +26,7 @@ class Artist:
         self.t5 = T5TokenizerFast.from_pretrained(str(tokenizers / "tokenizer_2"))
         self.clip = CLIPTokenizer.from_pretrained(str(tokenizers / "tokenizer"))
         self.net = Network(len(self.t5), len(self.clip)).to(device).eval()
-        self.net.load_state_dict(models.load_part(folder, "net"))
+        self.net.load_state_dict(saving.load_part(folder, "net"))
 
     @torch.no_grad()
     def fill(

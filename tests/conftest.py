@@ -1,4 +1,4 @@
-"""Tiny FLUX models with random weights, written as diffusers folders in a second, and the ``--golden`` option."""
+"""Tiny FLUX and Infinity models with random weights, written as diffusers folders in a second, and the ``--golden`` option."""
 
 import os
 from collections.abc import Callable
@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import tiny_infinity as tiny_infinity_
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,6 +26,8 @@ from transformers.utils import logging as transformers_logging
 from pentimento import pytest_golden
 from pentimento.flux.backbone import Flux
 from pentimento.flux.config import FluxConfig
+from pentimento.infinity.backbone import Infinity
+from pentimento.infinity.config import InfinityConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.:-"
 
@@ -175,6 +178,25 @@ def tiny_fill(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny FLUX.1 [dev]; do not write to it."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny-dev", 64)
+
+
+@pytest.fixture(scope="session")
+def tiny_infinity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Infinity; do not write to it."""
+    text = tiny_text()
+    parts = (text["text_encoder_2"], text["tokenizer_2"])
+    return tiny_infinity_.write(tmp_path_factory.mktemp("models") / "tiny-infinity", parts)
+
+
+@pytest.fixture
+def infinity_config(tiny_infinity: Path) -> InfinityConfig:
+    return InfinityConfig(weights=str(tiny_infinity), device="cpu")
+
+
+@pytest.fixture
+def infinity(infinity_config: InfinityConfig) -> Infinity:
+    """A tiny Infinity, fresh for every test (adapters change the transformer)."""
+    return Infinity.load(infinity_config)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import Toy
 
 from pentimento import recipe, schema
 from pentimento.adapters import ExpertLoRA, LoRA
@@ -12,10 +13,29 @@ from pentimento.errors import UserError
 from pentimento.flux.config import FluxConfig
 from pentimento.flux.dev import ATTENTION
 from pentimento.flux.dev import LARGEST_NATIVE as LARGEST_SLIDER
+from pentimento.infinity.config import InfinityConfig
 from pentimento.method import LARGEST_SEED, EditSettings
 from pentimento.methods.influxedit import LARGEST_NATIVE
 from pentimento.recipe import Recipe
 from pentimento.recipes import shipped
+
+OTHER = """\
+method: test_recipe:Bits
+data:
+  root: pairs
+config: {}
+stages:
+  edit:
+    train: [content]
+    steps: 10
+"""
+
+
+class Bits(Toy):
+    """A method of one's own on another base model."""
+
+    family = "infinity"
+
 
 PLAIN = """\
 method: influxedit
@@ -413,3 +433,34 @@ def test_a_rate_that_is_not_given_is_that_of_the_optimizer(tmp_path: Path) -> No
 def test_names_of_stages(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine.yaml").write_text(PLAIN.replace("edit:\n", f"{name}:\n"), encoding="utf-8")
     assert list(recipe.load(tmp_path / "mine.yaml").stages) == [name]
+
+
+def test_a_method_says_which_base_model_it_works_on(plain: Path, tmp_path: Path) -> None:
+    assert recipe.load(plain).backbone.family == "flux"
+    other = tmp_path / "other.yaml"
+    other.write_text(OTHER)
+    assert recipe.load(other).backbone == InfinityConfig()
+    changed = ["backbone.tokenizer=a: b.pth", "backbone.attention_bias=false", "backbone.family=infinity"]
+    loaded = recipe.load(other, changed)
+    assert loaded.backbone == InfinityConfig(tokenizer="a: b.pth", attention_bias=False)
+    for write in (recipe.dump, recipe.explain):
+        other.write_text(write(loaded))
+        assert recipe.load(other) == loaded
+    assert list(loaded.backbone.notes()) == [
+        "visual tokenizer from a: b.pth",
+        "attention without the base model's biases, as in EditInfinity's code",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("backbone.family=infinity", ["backbone.family is infinity, but influxedit works on flux"]),
+        ("backbone.family=infinty", ["one of flux, infinity", "'infinty'", "Did you mean infinity?"]),
+        ("backbone.family=3", ["one of flux, infinity", "3 was given"]),
+        ("backbone.tokenizer=x", ["backbone.tokenizer is not a known key", "transformer_file"]),
+    ],
+)
+def test_mistakes_with_families(plain: Path, override: str, parts: list[str]) -> None:
+    message = mistake(plain, override)
+    assert all(part in message for part in [f"override {override}", *parts]), message

@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from PIL.Image import Image
 from torch import Tensor
 
-from .. import images
+from .. import images, pretrained
 from ..errors import UserError
 from . import loading, sampling
 from .config import FluxConfig
@@ -27,9 +27,6 @@ from .loading import Variant, Weights
 Part = Literal["transformer", "vae", "text"]
 """What takes turns on the device under ``offload``; the two text encoders are one."""
 MAIN_MEMORY = torch.device("cpu")
-CHECKPOINT_FROM = 1_000_000_000
-"""Parameters above which gradients are checkpointed unless the recipe says otherwise."""
-REMEMBERED_PROMPTS = 64
 
 
 class Posterior(NamedTuple):
@@ -76,7 +73,7 @@ class Flux:
         self._staying: set[Part] = set()
         self._vae: Any = None
         self._text: Any = None
-        self._vae_config = loading.read_json(weights.folder / "vae" / "config.json")
+        self._vae_config = pretrained.read_json(weights.folder / "vae" / "config.json")
         self._prompts: OrderedDict[tuple[str, int], tuple[Tensor, Tensor]] = OrderedDict()
         if not offload:
             self._bring("transformer")
@@ -88,11 +85,9 @@ class Flux:
         Raises ``UserError`` for weights that are missing, damaged, gated, of another architecture or variant,
         and for a device or attention backend that this machine does not have.
         """
-        device = loading.choose_device(config.device)
-        dtype = loading.choose_dtype(config.precision, device)
-        if device.type == "cuda":
-            # FLUX's backward pass died in cuDNN's attention with an illegal memory access (torch 2.11, H200).
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        device = pretrained.choose_device(config.device)
+        dtype = pretrained.choose_dtype(config.precision, device)
+        pretrained.avoid_cudnn_attention(device)
         backend = check_attention(config.attention)
         weights = loading.locate(config, variant)
         flux = cls(
@@ -106,7 +101,7 @@ class Flux:
         flux._set_attention(backend)
         checkpointing = config.gradient_checkpointing
         if checkpointing is None:
-            checkpointing = flux.transformer.num_parameters() >= CHECKPOINT_FROM
+            checkpointing = flux.transformer.num_parameters() >= pretrained.CHECKPOINT_FROM
         if checkpointing:
             flux.transformer.enable_gradient_checkpointing()
         if config.compile:
@@ -148,7 +143,7 @@ class Flux:
     @property
     def native_text_length(self) -> int:
         """T5 tokens per prompt that the tokenizer's config allows (512 for FLUX.1)."""
-        config = loading.read_json(self.weights.folder / "tokenizer_2" / "tokenizer_config.json")
+        config = pretrained.read_json(self.weights.folder / "tokenizer_2" / "tokenizer_config.json")
         return min(int(config.get("model_max_length", 512)), 512)
 
     def describe(self) -> dict[str, Any]:
@@ -257,17 +252,15 @@ class Flux:
 
         The last prompts are remembered, so that samples drawn while training need no text encoder in memory.
         """
-        known = self._prompts
-        if missing := [p for p in dict.fromkeys(prompts) if (p, max_length) not in known]:
-            encode = self.text.encode_prompt
-            embeds, pooled, _ = encode(missing, device=self.device, max_sequence_length=max_length)
-            for row, prompt in enumerate(missing):
-                known[prompt, max_length] = embeds[row], pooled[row]
-        rows = [known[p, max_length] for p in prompts]
-        for prompt in prompts:
-            known.move_to_end((prompt, max_length))
-        while len(known) > REMEMBERED_PROMPTS:
-            known.popitem(last=False)
+
+        def encode(missing: list[tuple[str, int]]) -> list[tuple[Tensor, Tensor]]:
+            texts = [prompt for prompt, _ in missing]
+            embeds, pooled, _ = self.text.encode_prompt(
+                texts, device=self.device, max_sequence_length=max_length
+            )
+            return list(zip(embeds, pooled, strict=True))
+
+        rows = pretrained.remember(self._prompts, [(p, max_length) for p in prompts], encode)
         return Text(prompt_embeds=torch.stack([e for e, _ in rows]), pooled=torch.stack([p for _, p in rows]))
 
     def velocity(

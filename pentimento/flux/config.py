@@ -3,7 +3,9 @@
 It stands alone, without torch, so that recipes are read without loading a deep-learning library.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -11,6 +13,8 @@ from typing import Literal
 class FluxConfig:
     """Which weights, on which device, in which arithmetic."""
 
+    family: Literal["flux"] = "flux"
+    """Kind of base model."""
     weights: str = "pocket"
     """Base model: `pocket` (the small models that ship), a diffusers-format folder, or a hub id such as
     black-forest-labs/FLUX.1-Fill-dev."""
@@ -37,3 +41,14 @@ class FluxConfig:
     pictures and prompts are encoded; then the transformer stays, and encoders take turns beside it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    def notes(self) -> Iterator[str]:
+        """What is loaded otherwise than the whole folder onto the device."""
+        named = {"transformer": self.transformer_file, "T5 text encoder": self.text_encoder_file}
+        for part, file in named.items():
+            path = Path(file or "").expanduser()
+            if file is not None:
+                size = f" ({path.stat().st_size / 2**30:.2f} GiB)" if path.is_file() else ""
+                yield f"{part} from {file}{size}"
+        if self.offload == "model":
+            yield "encoders and transformer take turns on the device; they wait in main memory"

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import UserError
-from ..flux.loading import HUB_NAME, choose_device, choose_dtype, quiet_loading
+from ..pretrained import HUB_NAME, choose_device, choose_dtype, quiet_loading
 from . import Verdict, wording
 
 NEW_TOKENS = 256

@@ -18,25 +18,26 @@ from safetensors.torch import save_file
 
 from ..errors import UserError
 
-NAMES = ("pocket-fill", "pocket-dev")
+NAMES = ("pocket-fill", "pocket-dev", "pocket-infinity")
 FOLDED = "folded.safetensors"
 """Beside pocket-fill's transformer: the constant condition that pocket-dev folds, (320,) float32."""
 
 
 def folder(name: str) -> Path:
-    """The diffusers folder of a shipped model; ``pocket-dev`` is written into the user's cache once.
+    """The folder of a shipped model; ``pocket-dev`` is written into the user's cache once.
 
     Raises:
         UserError: the name is unknown, or the installation lacks the weights.
     """
     if name not in NAMES:
-        raise UserError(f"no shipped model is called {name!r}; there are {' and '.join(NAMES)}")
-    fill = Path(str(files("pentimento.pocket") / "models" / "pocket-fill"))
-    if not (fill / "model_index.json").is_file():
+        raise UserError(f"no shipped model is called {name!r}; there are {', '.join(NAMES)}")
+    shipped = "pocket-fill" if name == "pocket-dev" else name
+    found = Path(str(files("pentimento.pocket") / "models" / shipped))
+    if not any((found / mark).is_file() for mark in ("model_index.json", "config.json")):
         raise UserError(
-            f"the shipped weights are missing from this installation ({fill}); install pentimento again"
+            f"the shipped weights are missing from this installation ({found}); install pentimento again"
         )
-    return fill if name == "pocket-fill" else dev_from(fill)
+    return dev_from(found) if name == "pocket-dev" else found
 
 
 def cache_folder() -> Path:

@@ -264,7 +264,7 @@ def test_repeated_blocks_are_compiled_when_asked(tiny_fill, monkeypatch):
 def test_cudnn_attention_is_off_on_cuda(tiny_fill, monkeypatch):
     switched = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
-    monkeypatch.setattr("pentimento.flux.loading.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("pentimento.pretrained.choose_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr("pentimento.flux.loading.locate", lambda *_: (_ for _ in ()).throw(UserError("stop")))
     with pytest.raises(UserError, match="stop"):
         Flux.load(FluxConfig(weights=str(tiny_fill), precision="bf16"), "fill")

@@ -15,10 +15,10 @@ from packed import Kind
 from PIL import ImageChops
 from safetensors.torch import load_file, save_file
 
-from pentimento import metrics
+from pentimento import metrics, pretrained
 from pentimento.adapters import Adapters, LoRA
 from pentimento.errors import UserError
-from pentimento.flux import gguf_files, loading
+from pentimento.flux import gguf_files
 from pentimento.flux.backbone import Flux
 from pentimento.flux.config import FluxConfig
 from pentimento.method import EditSettings, Example
@@ -216,7 +216,7 @@ def test_replaced_weights_are_not_downloaded(files, t5_files, with_file, tiny_fi
         asked.append({p for p in allow_patterns if p.endswith(".safetensors")})
         return str(tiny_fill)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
     hub = {"weights": "black-forest-labs/FLUX.1-Fill-dev"}
     for config in (with_file(**hub), with_file(files["Q8_0"], t5_files["Q8_0"], **hub)):
         Flux.load(config, "fill")

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from pentimento import pretrained
 from pentimento.errors import UserError
 from pentimento.flux import loading
 from pentimento.flux.backbone import Flux
@@ -57,7 +58,7 @@ def test_digest_follows_the_contents(broken):
 
 
 def test_digest_of_large_files_samples_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "SMALL_FILE", 2**20)
+    monkeypatch.setattr(pretrained, "SMALL_FILE", 2**20)
     (tmp_path / "vae").mkdir()
     path = tmp_path / "vae" / "model.safetensors"
     weights = loading.Weights(name="x", folder=tmp_path, variant="fill")
@@ -214,8 +215,8 @@ def test_hub_errors(monkeypatch, error, message):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(loading, "snapshot_download", fail)
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pretrained, "snapshot_download", fail)
+    monkeypatch.setattr(pretrained.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         load(FILL)
 
@@ -224,14 +225,14 @@ def test_other_errors_of_the_system_are_not_hidden(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.EIO, "I/O error")
 
-    monkeypatch.setattr(loading, "snapshot_download", fail)
+    monkeypatch.setattr(pretrained, "snapshot_download", fail)
     with pytest.raises(OSError, match="I/O error"):
         load(FILL)
 
 
 def test_offline_without_cache(monkeypatch, tmp_path):
     """The real hub client, with no network allowed and nothing cached."""
-    monkeypatch.setattr(loading.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="not .completely. in the hub cache"):
         load("nobody/nothing-at-all")
 
@@ -248,7 +249,7 @@ def test_hub_model_is_loaded_from_the_cache(tiny_fill, monkeypatch):
         asked[name] = allow_patterns
         return str(tiny_fill)
 
-    monkeypatch.setattr(loading, "snapshot_download", download)
+    monkeypatch.setattr(pretrained, "snapshot_download", download)
     flux = load(FILL)
     assert flux.describe()["weights"] == FILL
     assert not any(pattern.startswith("*.") for pattern in asked[FILL]), (
@@ -257,11 +258,11 @@ def test_hub_model_is_loaded_from_the_cache(tiny_fill, monkeypatch):
 
 
 def test_automatic_precision(monkeypatch):
-    assert loading.choose_dtype("auto", torch.device("cpu")) == torch.float32
-    assert loading.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert pretrained.choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pretrained.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
     for capable, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda capable=capable, **_: capable)
-        assert loading.choose_dtype("auto", torch.device("cuda")) == expected
+        assert pretrained.choose_dtype("auto", torch.device("cuda")) == expected
 
 
 def test_outline_has_the_shapes_and_no_weights(fill, fill_config):
@@ -273,9 +274,9 @@ def test_outline_has_the_shapes_and_no_weights(fill, fill_config):
 
 def test_outline_of_a_hub_model_downloads_nothing(tiny_dev, monkeypatch):
     name = "black-forest-labs/FLUX.1-dev"
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda *_: None)
     assert Flux.outline(FluxConfig(weights=name, device="cpu"), "dev") is None
-    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda _, file: str(tiny_dev / file))
+    monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda _, file: str(tiny_dev / file))
     outline = Flux.outline(FluxConfig(weights=name, device="cpu"), "dev")
     assert outline is not None and outline.weights.name == name
     with pytest.raises(UserError, match=r"holds FLUX.1 \[dev\].*needs FLUX.1 Fill"):

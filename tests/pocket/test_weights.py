@@ -126,7 +126,7 @@ def test_folding_happens_once_and_needs_a_writable_cache(tmp_path: Path, monkeyp
 
 
 def test_an_unknown_shipped_model_is_named():
-    with pytest.raises(UserError, match="pocket-fill and pocket-dev"):
+    with pytest.raises(UserError, match="pocket-fill, pocket-dev, pocket-infinity"):
         weights.folder("pocket-fil")
 
 

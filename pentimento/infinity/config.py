@@ -1,0 +1,42 @@
+"""Settings of the Infinity backbone: the recipe's ``backbone`` section. ``Infinity.load(config)`` takes it.
+
+It stands alone, without torch, so that recipes are read without loading a deep-learning library.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfinityConfig:
+    """Which weights, on which device, in which arithmetic."""
+
+    family: Literal["infinity"] = "infinity"
+    """Kind of base model."""
+    weights: str = "pocket"
+    """Transformer: `pocket` (the small model that ships), the published file infinity_2b_reg.pth, a folder that holds it, or
+    the hub id FoundationVision/Infinity. A .pth file is converted to safetensors once, beside it or in the cache."""
+    tokenizer: str | None = None
+    """The visual tokenizer's file, infinity_vae_d32reg.pth. null: the one beside the transformer."""
+    text_encoder: str | None = None
+    """T5 encoder: a folder such as a copy of google/flan-t5-xl, or a hub id. null: google/flan-t5-xl; for pocket weights its
+    own."""
+    attention_bias: bool = True
+    """Apply the learnt biases of queries and values, as the published base model does. false: leave them out, as EditInfinity's
+    code does; for adapters that it trained."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the transformer's blocks and of the text encoder; adapters and everything else are float32. `auto`: bf16 on
+    CUDA, else fp32."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: slower, far less memory. null: on for models above a
+    billion parameters."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    def notes(self) -> Iterator[str]:
+        """What is loaded from elsewhere than beside the transformer, or otherwise than published."""
+        named = {"visual tokenizer": self.tokenizer, "T5 text encoder": self.text_encoder}
+        yield from (f"{part} from {place}" for part, place in named.items() if place is not None)
+        if not self.attention_bias:
+            yield "attention without the base model's biases, as in EditInfinity's code"
