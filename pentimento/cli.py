@@ -240,6 +240,49 @@ def inspect(
 
 
 @app.command()
+def calibrate(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="A slider's run folder or adapter file.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data.root=PAIRS, measure=latents, ...")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several are taken in turn.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="Strengths to measure, as trained.")
+    ] = "-1,-0.5,0,0.25,0.5,0.75,1,1.25,1.5,2",
+    seed: Annotated[int, typer.Option(help="Seed of the first face.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="Faces to measure.", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option(help="Folder for the curve; default: RUN/calibration.")] = None,
+    measure_only: Annotated[bool, typer.Option("--measure-only", help="Leave the file as it is.")] = False,
+) -> None:
+    """Find a slider's right strength.
+
+    Draws unseen faces at several strengths, measures how much of the change that the pairs show is made and whether the
+    pictures stay themselves, and records in the adapter's file what scale 1 means from then on. The weights stay as they
+    are. Exit code 1: the slider does not do what it was shown.
+    """
+    from . import calibrate as calibrating
+    from . import editing
+
+    request = calibrating.Request(
+        what=what,
+        prompts=tuple(prompt or ()),
+        scales=tuple(editing.scale_values(scale)),
+        seed=seed,
+        count=count,
+        settings=tuple(settings or ()),
+        out=out,
+        record=not measure_only,
+    )
+    done = calibrating.calibrate(request, _note)
+    for line in (*done.measured.lines(), *map(str, done.written)):
+        print(line)
+    if done.calibration is None:
+        print("no strength makes the change that was shown; the file is as it was", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"Spearman {done.calibration.monotone:.2f}; {done.calibration}")
+
+
+@app.command()
 def export(
     what: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder; an adapter file unless --to lora.")

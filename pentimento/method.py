@@ -165,7 +165,9 @@ class Method(ABC):
 
     def probe(self) -> Probe:
         """What measures the edit over scales, for sliders."""
-        raise UserError(f"calibrate: {type(self).__name__} is no slider: it edits pictures, whatever the scale")
+        raise UserError(
+            f"calibrate: {type(self).__name__} is no slider: it edits pictures, whatever the scale"
+        )
 
     def base(self) -> dict[str, Any]:
         """What adapter files record of the base model, JSON-able: family, variant, weights by name, digest."""
