@@ -26,7 +26,6 @@ from .specs import ExpertLoRA, LoRA
 TARGETS = ("diffusers", "comfyui", "lora", "pairedit")
 PROOF = "proof"
 PAIREDIT_NAME = "semantic.pt"
-PAIREDIT_RANK = 16
 COMFYUI = re.compile(
     r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|norm1(_context)?\.linear"
     r"|ff(_context)?\.net\.(0\.proj|2))"
@@ -205,9 +204,12 @@ def _pairedit(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> L
         if not torch.equal(found[key], value.bfloat16()):
             raise UserError(f"{file}: {key} is read back otherwise than it was written; do not use it")
     lines = [("proof", f"read back without running code: {len(found)} tensors of {len(layers)} layers")]
-    if spec.rank != PAIREDIT_RANK:
+    if spec.rank != inspection.PAIREDIT_RANK:
         lines.append(
-            ("rank", f"{spec.rank}; PairEdit's scripts build rank {PAIREDIT_RANK} and load no other")
+            (
+                "rank",
+                f"{spec.rank}; PairEdit's scripts build rank {inspection.PAIREDIT_RANK} and load no other",
+            )
         )
     return lines
 

@@ -37,6 +37,7 @@ DIALECTS = (
     ("unet.", "diffusers (not a transformer)"),
 )
 PAIREDIT = "PairEdit and Concept Sliders"
+PAIREDIT_RANK = 16
 READ = ("diffusers", "without a prefix", PAIREDIT, "kohya (OneTrainer)")
 """Dialects that are loaded."""
 READ_KEY = "transformer.MODULE.lora_A.weight"
@@ -307,7 +308,7 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("base model", adapter.base),
         ("format", adapter.dialect),
         ("rank", _tally(adapter.ranks) or "none"),
-        ("alpha", _tally(adapter.alphas) or "not said; readers take alpha = rank"),
+        ("alpha", _tally(adapter.alphas) or _no_alpha(adapter)),
         *_expert_lines(adapter),
         ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
         ("full", full if adapter.full else f"none: {kind} only"),
@@ -321,6 +322,13 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("record", f"{key}: {json.dumps(value, ensure_ascii=False)}") for key, value in adapter.ours.items()
     ]
     return lines
+
+
+def _no_alpha(adapter: Adapter) -> str:
+    said = "not said; readers take alpha = rank"
+    if list(adapter.ranks) == [PAIREDIT_RANK] and all(".attn." in kind for kind in adapter.kinds):
+        said += ". PairEdit's weights are right at 1/16 of that: `pentimento edit` tells by their size whether it was forgotten"
+    return said
 
 
 def _expert_lines(adapter: Adapter) -> list[tuple[str, str]]:

@@ -527,3 +527,36 @@ def test_the_config_is_read_strictly_by_pydantic():
     assert read({"root": "x", "kind": "jsonl", "prompt": ""}) == DataConfig(root="x", kind="jsonl", prompt="")
     with pytest.raises(pydantic.ValidationError, match="kind"):
         read({"kind": "folders"})
+
+
+def test_one_picture_is_its_own_target(tmp_path):
+    """For methods that learn a photograph by heart."""
+    file = picture(tmp_path / "photo.png")
+    (row,) = open_data(config(file, kind="picture", prompt=""))
+    assert (row.key, row.source, row.target, row.size) == ("photo", file, file, (8, 6))
+    picture(tmp_path / "other.png", seed=1)
+    assert row.digest() != open_data(config(tmp_path / "other.png", kind="picture", prompt=""))[0].digest()
+    assert "takes one picture file" in problem(config(tmp_path, kind="picture", prompt=""))
+    said = problem(config(tmp_path / "foto.png", kind="picture", prompt=""))
+    assert "no such picture; the nearest name there is photo.png" in said
+
+
+def test_no_pictures_at_all():
+    """For methods that learn from words."""
+    (row,) = open_data(DataConfig(kind="none"))
+    assert row.load().source is None and row.pictures() == () and row.prompts == ("",)
+    verify([row])
+    assert "has no pictures; leave it out" in problem(DataConfig(kind="none", root="somewhere"))
+
+
+def test_pairs_by_their_place(pairs):
+    """In the order of the names, which need not be alike; prompts go with the sources."""
+    for number, path in enumerate(sorted((pairs / "target").iterdir())):
+        path.rename(path.with_name(f"after-{9 - number}.png"))
+    rows = open_data(config(pairs, match="position"))
+    assert [(row.key, row.target.stem) for row in rows] == [(f"{n:03}", f"after-{4 + n}") for n in range(6)]
+    assert rows[2].prompt == "edit 2"
+    (pairs / "target" / "after-9.png").unlink()
+    assert "6 sources and 5 targets cannot be paired by position" in problem(config(pairs, match="position"))
+    with pytest.raises(UserError, match="data.match has no meaning with data.kind=jsonl"):
+        DataConfig(kind="jsonl", match="position")

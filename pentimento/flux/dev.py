@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from .. import images, inspection
+from .. import adapter_files, images, inspection
 from ..adapters import LoRA, spec_of
 from ..errors import UserError
 from ..method import EditSettings, Example, Probe
@@ -192,7 +192,7 @@ class DevMethod(FluxMethod):
 
     def show_photo(self, place: Path) -> None:
         """Load the adapter that knows a photograph: a file, or the folder of a run of the recipe ``inversion``."""
-        file = inspection.find(place)
+        file = file_of(place, CONTENT)
         if PHOTO not in self.adapters.specs:
             self.adapters.add(PHOTO, spec_of(file))
         self.adapters.load(file, PHOTO)
@@ -202,7 +202,7 @@ class DevMethod(FluxMethod):
         """Add further sliders (files or run folders), each with its scale; they act in the same steps, and add up."""
         for place, scale in others:
             name = f"also_{len(self._also) + 1}"
-            file = inspection.find(place)
+            file = file_of(place, EDIT)
             self.adapters.add(name, spec_of(file))
             self.adapters.load(file, name)
             self._also[name] = scale
@@ -294,6 +294,16 @@ class DevMethod(FluxMethod):
             f"The weights in `weights/` are loaded from step {self.config.skip + 1} on by a callback; the lines are in"
             " `docs/interoperability.md`, section pairedit."
         )
+
+
+def file_of(place: Path, wanted: str) -> Path:
+    """The adapter file that a path means; ``UserError`` where it says that it is another adapter than the one ``wanted``."""
+    file = inspection.find(place)
+    recorded = adapter_files.read_record(file).get("adapter", wanted)
+    if recorded != wanted:
+        meant = {EDIT: "a slider", CONTENT: "what knows a photograph by heart (recipe inversion)"}[wanted]
+        raise UserError(f"{place} holds the adapter {recorded!r}, not {meant}, which is called {wanted!r}")
+    return file
 
 
 def check_window(how: Drawing, steps: int) -> None:

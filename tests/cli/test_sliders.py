@@ -225,6 +225,11 @@ def test_mistakes_without_a_picture(refuse, slider: Path, arguments: list[str], 
 def test_mistakes_with_a_picture(refuse, slider: Path, photo: Path, trained: Path) -> None:
     assert "Did you mean steps?" in refuse("edit", slider, photo, "inversion.stages.inversion.stps=3")
     assert "nowhere: there is no such file" in refuse("edit", slider, photo, "inversion=nowhere")
+    assert "holds the adapter 'semantic', not what knows a photograph" in refuse(
+        "edit", slider, photo, f"inversion={slider}"
+    )
+    content = slider / "weights" / "content" / NAME
+    assert "holds the adapter 'content', not a slider" in refuse("edit", slider, f"also={content}")
     assert "several pictures" in refuse("edit", slider, photo, photo, "inversion=x")
     assert "influxedit edits pictures as they are" in refuse("edit", trained, photo, "inversion=x")
     assert "edits in all steps" in refuse("edit", trained, photo, "skips=3")

@@ -46,7 +46,7 @@ def watch(flux: Flux) -> list[tuple[dict[str, Tensor], Tensor]]:
 def distance(ours: Tensor | None, theirs: Tensor) -> float:
     """The largest difference, as a part of the largest value; of equal tensors 0, also where all is 0."""
     assert ours is not None
-    difference = (ours - theirs).abs().max()
+    difference = (ours.detach() - theirs).abs().max()
     return float(difference / theirs.abs().max()) if difference else 0.0
 
 
