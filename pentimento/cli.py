@@ -116,13 +116,22 @@ def train(
         bool, typer.Option("--dry-run", help="Check recipe, data and folders; load no weights.")
     ] = False,
 ) -> None:
-    """Train all stages of a recipe."""
+    """Train all stages of a recipe.
+
+    With a section sweep (sweep.data=[A,B] sweep.noise_scales=[1,2] sweep.seeds=[1,2]) each combination is a run of its own
+    in the folder --out; --resume leaves out those that are done.
+    """
     from . import preview, run, runfolder
     from . import recipe as recipe_
     from .train import processes
 
     parsed = recipe_.load(recipe, overrides or ())
     folder = out or runfolder.default_folder(recipe, resume=resume)
+    if parsed.sweep is not None:
+        if init is not None:
+            raise UserError("--init: the runs of a sweep begin afresh; leave it out")
+        _sweep(parsed, folder, resume=resume, dry_run=dry_run)
+        return
     if dry_run:
         run.check_init(init, resume=resume)
         run.check_folder(folder, parsed, resume=resume)
@@ -140,6 +149,25 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if processes().is_main_process:
         print(folder)
+
+
+def _sweep(recipe: Any, folder: Path, *, resume: bool, dry_run: bool) -> None:
+    """Several runs of one recipe."""
+    from . import sweep
+    from .train import processes
+
+    if dry_run:
+        for line in sweep.lines(recipe, folder, resume=resume):
+            print(line)
+        return
+    try:
+        for done in sweep.train_all(recipe, folder, resume=resume, say=_note):
+            if processes().is_main_process:
+                print(done, flush=True)
+    except KeyboardInterrupt:
+        how = f"continue the sweep with: pentimento train {folder / sweep.FILE} --out {folder} --resume"
+        print(f"stopped; {how}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()

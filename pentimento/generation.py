@@ -74,7 +74,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
         jobs = learn(jobs, request, say)
         editor = _load(request, say)
         yield from editing.execute(jobs, editor, options, judge, say)
-        yield from _beside(strips.of_jobs(jobs), request, editor)
+        yield from _beside(strips.of_jobs(jobs, _skip(editor)), request, editor)
         return
     if request.mask is not None:
         raise UserError("--mask is for edits of pictures: name at least one picture to edit")
@@ -84,7 +84,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
     )
     editor = _load(request, say)
     yield from execute(drawn, editor)
-    yield from _beside(strips.of_drawn(drawn), request, editor)
+    yield from _beside(strips.of_drawn(drawn, _skip(editor)), request, editor)
 
 
 def _beside(made: Sequence[Strip], request: Request, editor: Editor) -> Iterator[Path]:
@@ -96,6 +96,11 @@ def _beside(made: Sequence[Strip], request: Request, editor: Editor) -> Iterator
     if request.options.page and len(made[0].frames) > 1:
         runfolder.write_text(folder / page.NAME, page.page(made, editor.calibration))
         yield folder / page.NAME
+
+
+def _skip(editor: Editor) -> int | None:
+    """Steps before the edit sets in, as they were recorded; ``None`` for methods that edit in all steps."""
+    return editor.method.metadata().get("skip")
 
 
 def _found(request: Request) -> lookup.Found:

@@ -69,6 +69,8 @@ def train_run(
     """
     out = Path(out)
     check_init(init, resume=resume)
+    if recipe.sweep is not None:
+        raise UserError("sweep: this recipe is of several runs; pentimento.sweep.train_all trains them")
     train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
     rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)

@@ -38,8 +38,8 @@ class Strip:
         return f"seed {self.seed}" + ("" if self.skip is None else f", skip {self.skip}")
 
 
-def of_drawn(drawn: "Sequence[Drawn]") -> list[Strip]:
-    """Strips of drawn prompts."""
+def of_drawn(drawn: "Sequence[Drawn]", skip: int | None) -> list[Strip]:
+    """Strips of drawn prompts; ``skip`` is what was recorded, for those that name none."""
     rows: dict[tuple[str, int, int | None], list[Drawn]] = {}
     for one in drawn:
         rows.setdefault((one.shot.prompt, one.shot.seed, one.shot.skip), []).append(one)
@@ -47,16 +47,16 @@ def of_drawn(drawn: "Sequence[Drawn]") -> list[Strip]:
         Strip(
             title=prompt,
             seed=seed,
-            skip=skip,
+            skip=skip if own is None else own,
             name=row[0].path.stem.replace(f"-scale{row[0].shot.scale:g}", ""),
             frames=tuple((one.shot.scale, one.path) for one in row),
         )
-        for (prompt, seed, skip), row in rows.items()
+        for (prompt, seed, own), row in rows.items()
     ]
 
 
-def of_jobs(jobs: "Sequence[Job]") -> list[Strip]:
-    """Strips of edited pictures; of several instructions the last result."""
+def of_jobs(jobs: "Sequence[Job]", skip: int | None) -> list[Strip]:
+    """The same of edited pictures; of several instructions the last result."""
     found = []
     for job in jobs:
         rows: dict[tuple[int, int | None], list[tuple[float, Path]]] = {}
@@ -66,12 +66,12 @@ def of_jobs(jobs: "Sequence[Job]") -> list[Strip]:
             Strip(
                 title=", then ".join(job.instructions) or job.source.stem,
                 seed=seed,
-                skip=skip,
+                skip=skip if own is None else own,
                 name=frames[0][1].stem.replace(f"-scale{frames[0][0]:g}", ""),
                 frames=tuple(frames),
                 source=job.source,
             )
-            for (seed, skip), frames in rows.items()
+            for (seed, own), frames in rows.items()
         ]
     return found
 
