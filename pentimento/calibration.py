@@ -5,7 +5,7 @@ which scales the picture stays the same one. An editor's scale 1 is then that ra
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,16 @@ class Calibration:
     def covers(self, scale: float) -> bool:
         """Whether a calibrated scale lies within what was measured to hold."""
         return self.low <= scale * self.unit <= self.high * (1 + 1e-6)
+
+    def folded(self) -> "Calibration":
+        """The same of weights that are ``unit`` times as strong."""
+        return replace(
+            self,
+            unit=1.0,
+            low=self.low / self.unit,
+            high=self.high / self.unit,
+            curve=tuple((scale / self.unit, *rest) for scale, *rest in self.curve),
+        )
 
     def __str__(self) -> str:
         ends = f"{self.low / self.unit:.2g} to {self.high / self.unit:.2g}"
@@ -157,6 +167,12 @@ def check(file: Path) -> dict[str, Any]:
             " can be calibrated (--measure-only draws the curve of any slider)"
         )
     return record
+
+
+def report(adapter: inspection.Adapter) -> list[tuple[str, str]]:
+    """What ``pentimento inspect`` says of it."""
+    known = of_record(adapter.ours, adapter.path)
+    return [] if known is None else [("calibrated", str(known))]
 
 
 def write(file: Path, calibration: Calibration | None) -> None:

@@ -258,10 +258,10 @@ def inspect(
 
     Method, base model, rank, alpha, keys, metadata, and whether it loads (if not, exit code 1).
     """
-    from . import inspection
+    from . import calibration, inspection
 
     adapter = inspection.inspect_file(file)
-    for name, value in inspection.report(adapter):
+    for name, value in [*inspection.report(adapter), *calibration.report(adapter)]:
         print(f"{name:<12}{value}")
     if adapter.problems:
         raise typer.Exit(1)
