@@ -222,7 +222,7 @@ def read_out(
         UserError: no face that could be read and could show the change.
     """
     chosen = faces.find(
-        asked, lambda some: probe.pictures(probe.draw(some, [0.0])[0.0]), change, count, MOST * count
+        asked, lambda some: probe.pictures(probe.draw(some, [0.0])[0.0]), [change], count, MOST * count
     )
     if not chosen:
         raise UserError(

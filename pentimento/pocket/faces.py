@@ -50,8 +50,11 @@ class Change:
             return (value - start) / (self.after - start)
         return float(value == self.after)
 
-    def has_room(self, start: float) -> bool:
-        """Whether a face can show the change: it begins about where the pairs did."""
+    def fits(self, scene: Scene) -> bool:
+        """Whether a face can show the change: it begins about where the pairs did, and nothing hides it."""
+        start = float(scene[self.attribute])
+        if not visible(scene | self.wanted, self.attribute):
+            return False
         if self.continuous:
             return abs(start - self.before) <= ROOM * abs(self.after - self.before)
         return start != self.after
@@ -123,11 +126,11 @@ def unsaid(case: Case) -> str:
 def find(
     asked: Iterator[tuple[str, int]],
     draw: Callable[[Sequence[tuple[str, int]]], Sequence[Image]],
-    change: Change,
+    changes: Sequence[Change],
     count: int,
     most: int,
 ) -> list[Face]:
-    """The first ``count`` faces that are recognised and have room for the change; of ``most`` pictures at most."""
+    """The first ``count`` faces that are recognised and have room for each change; of ``most`` pictures at most."""
     found: list[Face] = []
     for _ in range(0, most, count):
         tried = [next(asked) for _ in range(count)]
@@ -136,9 +139,8 @@ def find(
             if sight is None or sight.scene["kind"] != "portrait" or len(found) == count:
                 continue
             # Read as the others will be, so that nothing seems to have moved at scale 0.
-            scene, explained = read(pixels(picture), sight.scene, sight.scene | change.wanted)
-            seen = visible(scene | change.wanted, change.attribute)
-            if seen and change.has_room(float(scene[change.attribute])):
+            scene, explained = read(pixels(picture), sight.scene, sight.scene | changes[0].wanted)
+            if all(change.fits(scene) for change in changes):
                 found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=explained))
         if len(found) == count:
             break
