@@ -41,7 +41,7 @@ METHODS = (
 TASKS = (*SLIDERS, "add-glasses", "add-hat", "recolour-hair")
 SCALES = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 """Calibrated ones."""
-RAW = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+RAW = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """What calibration measures."""
 PERSON = "a portrait of a person"
 WORDS = {

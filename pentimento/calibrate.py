@@ -73,6 +73,8 @@ class Measured:
     sheet: tuple[tuple[Image, ...], ...]
     """Rows are faces, columns scales."""
     faces: int
+    gradual: bool = True
+    """Whether a face can make a part of the change."""
 
     @property
     def scales(self) -> list[float]:
@@ -132,7 +134,9 @@ def calibrate(request: Request, say: Callable[[str], None] = lambda text: None) 
         asked = zip(prompts, itertools.count(request.seed), strict=False)
         pairs = [row.load() for row in rows]
         measured = in_latents(probe, pairs, list(itertools.islice(asked, request.count)), scales)
-    decided = calibration.decide(measured.points, measure=measured.measure, faces=measured.faces)
+    decided = calibration.decide(
+        measured.points, measure=measured.measure, faces=measured.faces, gradual=measured.gradual
+    )
     written = draw(measured, decided, out)
     if decided is not None and request.record:
         calibration.write(file, decided)
@@ -246,6 +250,7 @@ def read_out(
         rows=tuple(rows),
         sheet=tuple(tuple(pictures[scale][i] for scale in scales) for i in range(min(SHOWN, len(chosen)))),
         faces=len(chosen),
+        gradual=change.continuous,
     )
 
 

@@ -4,6 +4,7 @@ Training fixes a direction, but not how far scale 1 goes. A calibration says whi
 which scales the picture stays the same one. An editor's scale 1 is then that raw scale.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,9 @@ HOLDS = 0.75
 TURNS = 0.1
 """Of the shown change: how far the response may fall back before the range ends."""
 NEAR_PEAK = 0.95
-"""Of the largest response, where the shown change is never reached: the unit is there and not on the plateau behind."""
+"""Of the largest response before it levels off, where the shown change is not reached by then."""
+SLOW = 0.15
+"""Of the mean slope so far: less in two steps that follow each other, and the response has levelled off."""
 LEAST = 0.15
 """Of the shown change: a slider that moves less has no unit."""
 
@@ -84,19 +87,29 @@ class Calibration:
         )
 
 
-def decide(points: Sequence[Point], *, measure: str, faces: int) -> Calibration | None:
+def decide(points: Sequence[Point], *, measure: str, faces: int, gradual: bool = True) -> Calibration | None:
     """The calibration that a curve gives; ``None`` where the slider does not do what it was shown.
 
-    ``points`` have ascending scales, 0 among them. The range grows from 0 both ways while faces hold and the response goes on in
-    its direction. The unit is the first scale in it that reaches the shown change, or nearly the most that is reached.
+    The range grows from 0 both ways while faces hold and the response goes on in its direction. The unit is the first scale in it
+    that reaches the shown change or, where the response levels off before, nearly that level: what a slider gains behind it,
+    it gains at the price of the picture.
+
+    Args:
+        points: with ascending scales, 0 among them.
+        gradual: whether a face can make a part of the change. Of changes that faces make one by one, the unit is a measured step
+            beyond the scale at which all have, if the range goes so far: others are a little later.
     """
     zero = next(i for i, point in enumerate(points) if point.scale == 0)
     up = _holding(points[zero:], 1)
     down = _holding(points[zero::-1], -1)
-    peak = max(point.response for point in up)
+    rising = _rising(up)
+    peak = max(point.response for point in rising)
     if peak < LEAST:
         return None
-    unit = _crossing(up, 1.0 if peak >= 1 else NEAR_PEAK * peak)
+    unit = _crossing(rising, 1.0 if peak >= 1 else NEAR_PEAK * peak)
+    if not gradual:
+        later = [point.scale for point in up if point.scale > unit and point.response >= peak]
+        unit = min(later, default=unit)
     held = [*down[:0:-1], *up]
     return Calibration(
         unit=unit,
@@ -108,6 +121,18 @@ def decide(points: Sequence[Point], *, measure: str, faces: int) -> Calibration 
         faces=faces,
         curve=tuple((p.scale, round(p.response, 4), round(p.intact, 4)) for p in points),
     )
+
+
+def _rising(points: Sequence[Point]) -> list[Point]:
+    """The points from 0 on until the response has levelled off."""
+    for n, point in enumerate(points[1:-2], 1):
+        slope = SLOW * point.response / point.scale
+        steps = itertools.pairwise(points[n : n + 3])
+        if point.response >= LEAST and all(
+            b.response - a.response < slope * (b.scale - a.scale) for a, b in steps
+        ):
+            return list(points[: n + 1])
+    return list(points)
 
 
 def _holding(points: Sequence[Point], sign: int) -> list[Point]:

@@ -36,9 +36,22 @@ def test_a_slider_that_never_gets_there_has_its_unit_before_the_plateau() -> Non
     assert found.response == pytest.approx(0.95 * 0.62)
 
 
+def test_what_is_gained_behind_a_plateau_is_left() -> None:
+    """As measured for a smile on the pocket model: at 3 the pictures fall apart, and a mouth is seen in the ruins."""
+    found = decide(
+        (0, 0, 1), (0.5, 0.49, 1), (1, 0.69, 1), (1.25, 0.82, 1), (1.5, 0.82, 1), (2, 0.82, 1), (3, 1.07, 1)
+    )
+    assert found is not None and 1 < found.unit < 1.25 and found.high == 3
+    assert decide((0, 0, 1), (1, 0.5, 1), (1.5, 0.5, 1), (2, 1, 1)).unit == 2, "one flat step is no plateau"
+
+
 def test_on_and_off() -> None:
-    found = decide((-1, 0, 0.2), (0, 0, 1), (0.5, 0.25, 1), (0.75, 1, 1), (1, 1, 0.8), (2, 1, 0.5))
-    assert found is not None and (found.unit, found.low, found.high) == (0.75, 0, 1)
+    curve = points((-1, 0, 0.2), (0, 0, 1), (0.5, 0.25, 1), (0.75, 1, 1), (1, 1, 0.8), (2, 1, 0.5))
+    found = calibration.decide(curve, measure="read-out", faces=4, gradual=False)
+    assert found is not None and (found.unit, found.low, found.high) == (1, 0, 1)
+    curve = points((0, 0, 1), (0.75, 1, 1), (1, 1, 0.5))
+    found = calibration.decide(curve, measure="read-out", faces=4, gradual=False)
+    assert found is not None and found.unit == 0.75, "the range goes no further"
 
 
 @pytest.mark.parametrize(

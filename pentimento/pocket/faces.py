@@ -20,6 +20,8 @@ from .recognise import recognise
 from .scene import Scene
 from .tasks import Case, cases
 
+CLEAR = 25.0
+"""dB to which a face must be explained to be measured: in poorer pictures attributes are mistaken for each other."""
 ROOM = 0.35
 """Of a shown change: how far from where it began a face's attribute may lie to be measured."""
 WORN = 6.0
@@ -140,7 +142,7 @@ def find(
                 continue
             # Read as the others will be, so that nothing seems to have moved at scale 0.
             scene, explained = read(pixels(picture), sight.scene, sight.scene | changes[0].wanted)
-            if all(change.fits(scene) for change in changes):
+            if explained >= CLEAR and all(change.fits(scene) for change in changes):
                 found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=explained))
         if len(found) == count:
             break
