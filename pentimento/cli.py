@@ -116,13 +116,22 @@ def train(
         bool, typer.Option("--dry-run", help="Check recipe, data and folders; load no weights.")
     ] = False,
 ) -> None:
-    """Train all stages of a recipe."""
+    """Train all stages of a recipe.
+
+    With a section sweep (sweep.data=[A,B] sweep.noise_scales=[1,2] sweep.seeds=[1,2]) each combination is a run of its own
+    in the folder --out; --resume leaves out those that are done.
+    """
     from . import preview, run, runfolder
     from . import recipe as recipe_
     from .train import processes
 
     parsed = recipe_.load(recipe, overrides or ())
     folder = out or runfolder.default_folder(recipe, resume=resume)
+    if parsed.sweep is not None:
+        if init is not None:
+            raise UserError("--init: the runs of a sweep begin afresh; leave it out")
+        _sweep(parsed, folder, resume=resume, dry_run=dry_run)
+        return
     if dry_run:
         run.check_init(init, resume=resume)
         run.check_folder(folder, parsed, resume=resume)
@@ -140,6 +149,25 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if processes().is_main_process:
         print(folder)
+
+
+def _sweep(recipe: Any, folder: Path, *, resume: bool, dry_run: bool) -> None:
+    """Several runs of one recipe."""
+    from . import sweep
+    from .train import processes
+
+    if dry_run:
+        for line in sweep.lines(recipe, folder, resume=resume):
+            print(line)
+        return
+    try:
+        for done in sweep.train_all(recipe, folder, resume=resume, say=_note):
+            if processes().is_main_process:
+                print(done, flush=True)
+    except KeyboardInterrupt:
+        how = f"continue the sweep with: pentimento train {folder / sweep.FILE} --out {folder} --resume"
+        print(f"stopped; {how}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -230,13 +258,56 @@ def inspect(
 
     Method, base model, rank, alpha, keys, metadata, and whether it loads (if not, exit code 1).
     """
-    from . import inspection
+    from . import calibration, inspection
 
     adapter = inspection.inspect_file(file)
-    for name, value in inspection.report(adapter):
+    for name, value in [*inspection.report(adapter), *calibration.report(adapter)]:
         print(f"{name:<12}{value}")
     if adapter.problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="A slider's run folder or adapter file.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data.root=PAIRS, measure=latents, ...")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several are taken in turn.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="Strengths to measure, as trained.")
+    ] = "-1,-0.5,0,0.25,0.5,0.75,1,1.25,1.5,2",
+    seed: Annotated[int, typer.Option(help="Seed of the first face.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="Faces to measure.", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option(help="Folder for the curve; default: RUN/calibration.")] = None,
+    measure_only: Annotated[bool, typer.Option("--measure-only", help="Leave the file as it is.")] = False,
+) -> None:
+    """Find a slider's right strength.
+
+    Draws unseen faces at several strengths, measures how much of the change that the pairs show is made and whether the
+    pictures stay themselves, and records in the adapter's file what scale 1 means from then on. The weights stay as they
+    are. Exit code 1: the slider does not do what it was shown.
+    """
+    from . import calibrate as calibrating
+    from . import editing
+
+    request = calibrating.Request(
+        what=what,
+        prompts=tuple(prompt or ()),
+        scales=tuple(editing.scale_values(scale)),
+        seed=seed,
+        count=count,
+        settings=tuple(settings or ()),
+        out=out,
+        record=not measure_only,
+    )
+    done = calibrating.calibrate(request, _note)
+    for line in (*done.measured.lines(), *map(str, done.written)):
+        print(line)
+    if done.calibration is None:
+        print("no strength makes the change that was shown; the file is as it was", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"Spearman {done.calibration.monotone:.2f}; {done.calibration}")
 
 
 @app.command()

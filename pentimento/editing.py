@@ -40,6 +40,12 @@ class Options(Search):
     inversion: str | None = None
     """Sliders: what knows the photograph by heart, a run folder or an adapter file. none named: it is trained, once per
     photograph; inversion.KEY=VALUE changes the recipe inversion for that."""
+    raw: bool = False
+    """Sliders that were calibrated: take strengths as they were trained, and not so that 1 is the shown change."""
+    page: bool = True
+    """Where several strengths are drawn: write slider.html too, one file to move through them in a browser."""
+    grids: bool = False
+    """Sliders without a picture: write a grid of all strengths per prompt and seed too, as PairEdit's scripts do."""
     also: str | None = None
     """Sliders: further ones that act too, with commas, each with its scale: RUN@0.8,FILE@-1."""
 
@@ -110,14 +116,7 @@ def variants(
     options = options or Options()
     if seed > LARGEST_SEED:
         raise UserError(f"--seed {seed}: seeds lie between 0 and {LARGEST_SEED}")
-    try:
-        values = [float(text) for text in scales.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--scale {scales!r}: give a number, or several with commas, such as 0.5,1"
-        ) from error
-    if not all(abs(v) < 100 for v in values):
-        raise UserError(f"--scale {scales!r}: strengths lie between -100 and 100; 1 is what was trained")
+    values = scale_values(scales)
     made = []
     skips, seeds = options.skip_values(), _seeds(seed, count, options)
     for value in values:
@@ -128,6 +127,19 @@ def variants(
                 tags += [f"skip{skip}"] * (len(skips) > 1)
                 made.append(Variant(seed=number, scale=value, steps=steps, skip=skip, tag="-".join(tags)))
     return tuple(made)
+
+
+def scale_values(scales: str) -> list[float]:
+    """The numbers of ``--scale``."""
+    try:
+        values = [float(text) for text in scales.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--scale {scales!r}: give a number, or several with commas, such as 0.5,1"
+        ) from error
+    if not all(abs(v) < 100 for v in values):
+        raise UserError(f"--scale {scales!r}: strengths lie between -100 and 100; 1 is what was trained")
+    return values
 
 
 def _seeds(seed: int, count: int, options: Options) -> Sequence[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapter_files, files, inspection, lookup, runfolder, specs, stored
+from . import adapter_files, calibration, files, inspection, lookup, runfolder, schema, specs, stored
 from . import recipe as recipe_
 from .errors import UserError
 from .schema import Origin
@@ -160,20 +160,24 @@ def _comfyui(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Li
 
 def _folded(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> Lines:
     """Write factors that are right for readers who take alpha to be the rank, and for those who read metadata."""
-    scale = spec.scaled / spec.rank
+    known = calibration.read(source)
+    scale = spec.scaled / spec.rank * (1.0 if known is None else known.unit)
     tensors = {
         key: (value.float() * scale).to(value.dtype) if ".lora_B." in key and scale != 1 else value
         for key, value in _tensors(source).items()
     }
     folded = LoRA(targets=spec.targets, rank=spec.rank, full=spec.full)
     record = _with_alpha_of_one(adapter_files.read_record(source), spec.rank)
+    if known is not None:
+        record[calibration.KEY] = schema.plain(known.folded())
     metadata = stored.read_metadata(source)
     stock = specs.stock_record(folded) if scale != 1 else metadata.get("lora_adapter_metadata")
     with writing(file):
         adapter_files.write(
             file, tensors, record, {"lora_adapter_metadata": stock or specs.stock_record(folded)}
         )
-    lines = [("alpha", f"{spec.scaled:g} / rank {spec.rank} is in B now: a scale of 1 is right")]
+    unit = "" if known is None else f" times {known.unit:.3g}, the calibrated scale 1,"
+    lines = [("alpha", f"{spec.scaled:g} / rank {spec.rank}{unit} is in B now: a scale of 1 is right")]
     return [*(lines if scale != 1 else []), ("proof", prove(file, tensors, folded, host))]
 
 
@@ -204,6 +208,10 @@ def _pairedit(source: Path, file: Path, spec: LoRA, host: nn.Module | None) -> L
         if not torch.equal(found[key], value.bfloat16()):
             raise UserError(f"{file}: {key} is read back otherwise than it was written; do not use it")
     lines = [("proof", f"read back without running code: {len(found)} tensors of {len(layers)} layers")]
+    if known := calibration.read(source):
+        lines.append(
+            ("scale", f"1 is as trained; the calibrated default is a scale of {known.unit:.3g} there")
+        )
     if spec.rank != inspection.PAIREDIT_RANK:
         lines.append(
             (

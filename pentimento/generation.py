@@ -11,12 +11,13 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from . import editing, images, lookup, photos, run, schema, series
+from . import editing, images, lookup, page, photos, run, runfolder, schema, series, strips
 from .editing import Job, Options, Variant
 from .errors import UserError
 from .layouts import read_text
 from .run import Editor
 from .series import Shot
+from .strips import Strip
 
 ROWS = 20
 """Rows of one sheet; more go on further sheets."""
@@ -75,6 +76,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
         jobs = learn(jobs, request, say)
         editor = _load(request, say)
         yield from editing.execute(jobs, editor, options, judge, say)
+        yield from _beside(strips.of_jobs(jobs, _skip(editor)), request, editor)
         return
     if request.mask is not None:
         raise UserError("--mask is for edits of pictures: name at least one picture to edit")
@@ -82,7 +84,25 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
     drawn = plan(
         prompts if options.prompts is None else request.prompts, request.variants, options, request.out
     )
-    yield from execute(drawn, _load(request, say))
+    editor = _load(request, say)
+    yield from execute(drawn, editor)
+    yield from _beside(strips.of_drawn(drawn, _skip(editor)), request, editor)
+
+
+def _beside(made: Sequence[Strip], request: Request, editor: Editor) -> Iterator[Path]:
+    """Grids where they are asked for, and a page with sliders where there are several strengths."""
+    folder = made[0].frames[0][1].parent
+    if request.options.grids:
+        for name, picture in strips.grids(made, str(request.what)):
+            yield images.save_image(picture, folder / name)
+    if request.options.page and len(made[0].frames) > 1:
+        runfolder.write_text(folder / page.NAME, page.page(made, editor.calibration))
+        yield folder / page.NAME
+
+
+def _skip(editor: Editor) -> int | None:
+    """Steps before the edit sets in, as they were recorded; ``None`` for methods that edit in all steps."""
+    return editor.method.metadata().get("skip")
 
 
 def _found(request: Request) -> lookup.Found:
@@ -91,10 +111,17 @@ def _found(request: Request) -> lookup.Found:
 
 def _load(request: Request, say: Callable[[str], None]) -> Editor:
     editor = run.load(
-        request.what, at=request.at, overrides=request.overrides, also=request.options.further()
+        request.what,
+        at=request.at,
+        overrides=request.overrides,
+        also=request.options.further(),
+        raw=request.options.raw,
     )
     for note in editor.notes:
         say(note)
+    known = editor.calibration
+    if known and (outside := [f"{v.scale:g}" for v in request.variants if not known.covers(v.scale)]):
+        say(f"scale {', '.join(dict.fromkeys(outside))}: outside of what was measured to hold")
     return editor
 
 
@@ -200,8 +227,8 @@ def execute(drawn: Sequence[Drawn], editor: Editor) -> Iterator[Path]:
     ]
     pictures = list(rows.values())
     cell = min(512, max(128, *pictures[0][0].size))
-    for page, first in enumerate(range(0, len(pictures), ROWS), 1):
+    for number, first in enumerate(range(0, len(pictures), ROWS), 1):
         part = slice(first, first + ROWS)
-        name = "sheet.png" if len(pictures) <= ROWS else f"sheet-{page}.png"
+        name = "sheet.png" if len(pictures) <= ROWS else f"sheet-{number}.png"
         sheet = images.sheet(pictures[part], titles=titles, labels=labels[part], cell=cell)
         yield images.save_image(sheet, drawn[0].path.parent / name)

@@ -410,6 +410,28 @@ def sheet(
     return canvas
 
 
+def stack(parts: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below each other, left aligned."""
+    canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), PAPER)
+    top = 0
+    for part in parts:
+        canvas.paste(part, (0, top))
+        top += part.height
+    return canvas
+
+
+def caption(lines: Sequence[str], width: int, cell: int = 256) -> Image.Image:
+    """Lines of text as a part of a sheet, each on one line, shortened where it does not fit."""
+    font = ImageFont.load_default(max(11, cell // 15))
+    line, margin = max(15, cell // 11), max(10, cell // 16)
+    canvas = Image.new("RGB", (width, line * len(lines) + margin), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for number, text in enumerate(lines):
+        for shown in _wrap(text, font, width - 2 * margin, 1):
+            draw.text((margin, number * line), shown, font=font, fill=INK)
+    return canvas
+
+
 def _fit(image: Image.Image, cell: int) -> Image.Image:
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -1,10 +1,10 @@
 """What a method must provide. Nothing here knows how it does it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from PIL.Image import Image
 from torch import Tensor
@@ -55,6 +55,19 @@ class EditSettings:
         # Twice: seeds that count up from the largest one are meant too.
         if not 0 <= self.seed <= 2 * LARGEST_SEED:
             raise UserError(f"seed must lie between 0 and {LARGEST_SEED}, but it is {self.seed}")
+
+
+class Probe(Protocol):
+    """How a slider is measured; latents are ``(B, ...)`` of any shape."""
+
+    def draw(self, asked: Sequence[tuple[str, int]], scales: Sequence[float]) -> Mapping[float, Tensor]:
+        """Latents of pairs of prompt and seed, by raw scale."""
+
+    def pictures(self, latents: Tensor) -> list[Image]:
+        """Latents decoded."""
+
+    def shown(self, pairs: Sequence[Example]) -> Tensor:
+        """The mean change of pairs from source to target, as one row of latents."""
 
 
 class Method(ABC):
@@ -151,6 +164,12 @@ class Method(ABC):
     def compose(self, others: Sequence[tuple[Path, float]]) -> None:
         """Let further adapters act beside the main one, each at a scale of its own."""
         raise UserError(f"also: {type(self).__name__} edits with one adapter")
+
+    def probe(self) -> Probe:
+        """What measures the edit over scales, for sliders."""
+        raise UserError(
+            f"calibrate: {type(self).__name__} is no slider: it edits pictures, whatever the scale"
+        )
 
     def base(self) -> dict[str, Any]:
         """What adapter files record of the base model, JSON-able: family, variant, weights by name, digest."""

@@ -66,6 +66,28 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Several runs of one recipe: every combination of what is listed here."""
+
+    data: tuple[str, ...] | None = None
+    """Data sets: one run for each data.root."""
+    noise_scales: tuple[float, ...] | None = None
+    """Values of config.noise_scale."""
+    seeds: tuple[int, ...] | None = None
+    """Versions: values of seed."""
+
+    def __post_init__(self) -> None:
+        lists = {name: getattr(self, name) for name in ("data", "noise_scales", "seeds")}
+        if all(values is None for values in lists.values()):
+            raise ValueError("sweep is empty; list data, noise_scales or seeds, or leave it out")
+        for name, values in lists.items():
+            if values is not None and not values:
+                raise ValueError(f"{name} is empty; name at least one, or leave it out")
+            if values is not None and len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {', '.join(map(str, values))}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """The part of a recipe that an edit needs too."""
 
@@ -97,6 +119,8 @@ class Recipe:
     """What is looked at while it trains."""
     seed: int = 0
     """Seed of everything random: initial adapters, order of the pictures, noise, samples."""
+    sweep: Sweep | None = None
+    """Train several runs instead of one, each in a folder of its own inside --out; null: one."""
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from . import (
     __version__,
+    calibration,
     card,
     data,
     images,
@@ -28,6 +29,7 @@ from . import (
 )
 from . import recipe as recipe_
 from .cache import Samples
+from .calibration import Calibration
 from .errors import UserError
 from .judges import Judge
 from .method import EditSettings, Example, Method
@@ -67,6 +69,8 @@ def train_run(
     """
     out = Path(out)
     check_init(init, resume=resume)
+    if recipe.sweep is not None:
+        raise UserError("sweep: this recipe is of several runs; pentimento.sweep.train_all trains them")
     train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
     rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
@@ -215,6 +219,13 @@ class Editor:
     """What a person should know, such as another base model than the trained one."""
     setup: Setup | None = None
     """What it was loaded with; needed to learn photographs by heart."""
+    calibration: Calibration | None = None
+    """What scale 1 stands for. None: the strength that was trained."""
+
+    @property
+    def unit(self) -> float:
+        """Trained strength that scale 1 stands for."""
+        return 1.0 if self.calibration is None else self.calibration.unit
 
     def edit(
         self,
@@ -232,7 +243,7 @@ class Editor:
             inversion: what knows the picture by heart (see ``Method.per_photo``): a run folder or an adapter file. ``None``:
                 it is trained, once per picture, with a second copy of the model in memory.
             how: fields of ``EditSettings``; ``None`` stands for what the run recorded. Scale 0 is the base model and 1 what
-                was trained.
+                was trained or, of a slider that was calibrated, the change that it was shown.
 
         Raises:
             UserError: no instruction where there is no default, a picture that cannot be read, or memory that does not
@@ -252,6 +263,7 @@ class Editor:
             mask = images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
         prompt = self.asked(instruction)
         settings = EditSettings(**how)
+        settings = replace(settings, scale=settings.scale * self.unit)
         if source is not None and (inversion is not None or self.method.per_photo):
             self.method.show_photo(self._inversion(source) if inversion is None else Path(inversion))
         try:
@@ -321,6 +333,7 @@ def load(
     device: str | None = None,
     overrides: Sequence[str] = (),
     also: Sequence[tuple[str | Path, float]] = (),
+    raw: bool = False,
 ) -> Editor:
     """An editor from a run folder, or from an adapter file or a folder that holds one.
 
@@ -329,6 +342,7 @@ def load(
         weights: another place of the base model (``backbone.weights``); ``device`` likewise.
         overrides: ``key=value`` changes of ``backbone`` and ``config``. A file of others needs ``method=NAME``.
         also: further sliders (run folders or files) that act beside it, each with its scale.
+        raw: scale 1 is what was trained, also of sliders that were calibrated.
 
     Raises:
         UserError: nothing there, no weights yet, an absent step, a file that is damaged or fits another model.
@@ -345,9 +359,19 @@ def load(
         raise UserError(str(error) if found.record else f"{found.place}: {error}") from error
     _fill(method, found)
     if also:
-        method.compose([(lookup.place_of(Path(other), None), scale) for other, scale in also])
-    notes = (*found.notes, *_notes(found, method))
-    return Editor(method=method, default_instruction=found.prompt, notes=notes, setup=setup)
+        method.compose([_further(lookup.place_of(Path(other), None), scale, raw) for other, scale in also])
+    sliding = method.generates and not raw
+    known = calibration.read(calibration.file_of(found.place, method.main)) if sliding else None
+    notes = (*found.notes, *_notes(found, method), *([str(known)] if known else []))
+    return Editor(
+        method=method, default_instruction=found.prompt, notes=notes, setup=setup, calibration=known
+    )
+
+
+def _further(place: Path, scale: float, raw: bool) -> tuple[Path, float]:
+    """Another slider and the trained strength that its scale stands for."""
+    known = None if raw else calibration.read(inspection.find(place))
+    return place, scale if known is None else scale * known.unit
 
 
 def _fill(method: Method, found: lookup.Found) -> None:

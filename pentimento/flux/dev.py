@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import adapter_files, images, inspection
 from ..adapters import LoRA, spec_of
 from ..errors import UserError
-from ..method import EditSettings, Example
+from ..method import EditSettings, Example, Probe
 from . import sampling
 from .backbone import Flux, Text
 from .method import FluxMethod
@@ -228,12 +228,22 @@ class DevMethod(FluxMethod):
             photo=photo is not None,
         )
         check_window(how, steps)
-        # On the CPU for the same picture everywhere, and in the layout in which the stock pipeline draws.
-        generator = torch.Generator().manual_seed(settings.seed)
-        shape = (1, self.flux.latent_channels, height // sampling.CELL, width // sampling.CELL)
-        noise = sampling.pack(torch.randn(shape, generator=generator))
+        noise = self.noise(settings.seed, (width, height))
         result = self.flux.decode(self.flux.sample(self.steered(how), noise, steps), (width, height))[0]
         return result if photo is None else images.resize_result(result, photo.size)
+
+    def noise(self, seed: int, size: tuple[int, int]) -> Tensor:
+        """What a picture of ``size`` (width, height) is drawn from, ``(1, T, 64)``."""
+        # On the CPU for the same picture everywhere, and in the layout in which the stock pipeline draws.
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, self.flux.latent_channels, size[1] // sampling.CELL, size[0] // sampling.CELL)
+        return sampling.pack(torch.randn(shape, generator=generator))
+
+    def probe(self) -> "Probe":
+        """What measures the edit over scales."""
+        from . import probe
+
+        return probe.Probe(self)
 
     def steered(self, how: Drawing) -> sampling.VelocityFn:
         """The velocity of sampling: which adapters act in which step."""

@@ -29,6 +29,7 @@ from .edits import (
 )
 from .effects import colour_shift, grad_corr, pixel_shift, sharpness_ratio
 from .pictures import Picture, l1, ms_ssim, mse, psnr, ssim, ssim_valid
+from .sliders import linearity, spearman, switches, symmetry
 from .summary import interval, report
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "l1",
     "lab",
     "leak",
+    "linearity",
     "mean_where",
     "ms_ssim",
     "mse",
@@ -59,9 +61,12 @@ __all__ = [
     "psnr",
     "report",
     "sharpness_ratio",
+    "spearman",
     "ssim",
     "ssim_valid",
     "strict_bg_l1",
     "strict_bg_mse",
     "strict_bg_psnr",
+    "switches",
+    "symmetry",
 ]

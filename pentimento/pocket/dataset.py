@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
@@ -37,10 +37,18 @@ def write(
     chosen = list(itertools.islice(mixture(task, split, seed), count))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another with --out")
+    save(chosen, size=size, out=out, progress=progress)
+    return chosen
+
+
+def save(
+    chosen: Sequence[Case], *, size: int = 128, out: Path, progress: Callable[[int], None] | None = None
+) -> None:
+    """Draw cases into a folder; raises ``UserError`` where it cannot be written."""
     try:
         for name in ("source", "target", "prompts"):
             (out / name).mkdir(parents=True, exist_ok=True)
-        for i in range(0, count, 16):
+        for i in range(0, len(chosen), 16):
             part = chosen[i : i + 16]
             for side in ("source", "target"):
                 pictures = render([getattr(case, side) for case in part], size, size)
@@ -49,12 +57,11 @@ def write(
             for case in part:
                 (out / "prompts" / f"{case.key}.txt").write_text(case.instruction + "\n", encoding="utf-8")
             if progress:
-                progress(min(count, i + 16))
+                progress(min(len(chosen), i + 16))
         lines = [json.dumps(dataclasses.asdict(case)) for case in chosen]
         (out / CASES_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the data set to {out}: {error.strerror or error}") from error
-    return chosen
 
 
 def read(folder: Path) -> list[Case]:

@@ -152,7 +152,7 @@ def judge(picture: Tensor, source: Scene, target: Scene, wanted: dict[str, Any])
     others = [
         n for n in attributes(source, target) if n not in wanted and visible(source, n) and visible(target, n)
     ]
-    kept = [_same(n, scene[n], source[n]) for n in others]
+    kept = [same(n, scene[n], source[n]) for n in others]
     outside = ~edited_region(before, truth)
     background = 60.0
     if outside.any():
@@ -168,7 +168,8 @@ def judge(picture: Tensor, source: Scene, target: Scene, wanted: dict[str, Any])
     )
 
 
-def _same(name: str, a: Any, b: Any) -> bool:
+def same(name: str, a: Any, b: Any) -> bool:
+    """Whether two values of an attribute count as equal: continuous ones within a tenth of their range."""
     if name in STEPS:
         low, high = world.PORTRAIT_RANGES[name]
         return abs(a - b) <= 0.1 * (high - low)

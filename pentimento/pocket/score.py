@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL.Image import Image, new
+from PIL.Image import Image
 
 from ..flux.backbone import Flux
-from ..images import from_tensor, sheet, to_tensor
+from ..images import from_tensor, sheet, stack, to_tensor
 from ..metrics import interval
 from .readout import DiscReading, Reading, judge, judge_disc
 from .render import render
@@ -89,14 +89,7 @@ def wide_sheet(
             "failed: " * bad + case.instruction for bad, case in zip(failed[part], cases[part], strict=True)
         ]
         blocks.append(sheet(rows, titles=titles, labels=["source", "edited", "truth"], cell=128))
-    out = new(
-        "RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), blocks[0].getpixel((0, 0))
-    )
-    top = 0
-    for block in blocks:
-        out.paste(block, (0, top))
-        top += block.height
-    return out
+    return stack(blocks)
 
 
 def table(scores: dict[str, Score]) -> list[list[str]]:

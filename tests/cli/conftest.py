@@ -88,6 +88,35 @@ def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="module")
+def dev_settings(pairs: Path, tiny_dev: Path) -> list[str]:
+    """Overrides that make a slider's recipe train two steps of a tiny model in a moment."""
+    return [
+        f"backbone.weights={tiny_dev}",
+        "backbone.device=cpu",
+        f"data.root={pairs}",
+        "config.max_sequence_length=16",
+        "config.resolution=32",
+        "config.steps=3",
+        "config.skip=0",
+        "config.lora.rank=2",
+        "stages.pair.steps=2",
+        "stages.pair.lr=0.05",
+        "stages.pair.save_every=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def slider(dev_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of PairEdit; do not write to it."""
+    folder = tmp_path_factory.mktemp("runs") / "slider"
+    result = CliRunner().invoke(
+        cli.app, ["train", "pairedit", *dev_settings, "--out", str(folder)], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    return folder
+
+
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     path = tmp_path / "photo.png"

@@ -132,7 +132,7 @@ def test_edit_makes_every_combination_of_seed_and_scale(
     ).stdout
     assert printed.split() == [
         "out/photo-scale0-seed5.png", "out/photo-scale0-seed6.png", "out/photo-scale1-seed5.png",
-        "out/photo-scale1-seed6.png", "out/photo-sheet.png",
+        "out/photo-scale1-seed6.png", "out/photo-sheet.png", "out/slider.html",
     ]  # fmt: skip
     results = [Path(path).read_bytes() for path in printed.split()]
     assert len(set(results)) == len(results)

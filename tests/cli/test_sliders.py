@@ -9,43 +9,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import pentimento
-from pentimento import cli, generation, photos, recipe, series, stored
+from pentimento import generation, photos, recipe, series, stored
 from pentimento.errors import UserError
 from pentimento.pocket import weights as pocket_weights
 
 NAME = "pytorch_lora_weights.safetensors"
-
-
-@pytest.fixture(scope="module")
-def dev_settings(pairs: Path, tiny_dev: Path) -> list[str]:
-    """Overrides that make a slider's recipe train two steps of a tiny model in a moment."""
-    return [
-        f"backbone.weights={tiny_dev}",
-        "backbone.device=cpu",
-        f"data.root={pairs}",
-        "config.max_sequence_length=16",
-        "config.resolution=32",
-        "config.steps=3",
-        "config.skip=0",
-        "config.lora.rank=2",
-        "stages.pair.steps=2",
-        "stages.pair.lr=0.05",
-        "stages.pair.save_every=1",
-    ]
-
-
-@pytest.fixture(scope="module")
-def slider(dev_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of PairEdit; do not write to it."""
-    folder = tmp_path_factory.mktemp("runs") / "slider"
-    result = CliRunner().invoke(
-        cli.app, ["train", "pairedit", *dev_settings, "--out", str(folder)], catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +52,7 @@ def test_prompts_seeds_scales_and_skips_are_all_combined(call, slider: Path) -> 
         f"drawn/{prompt}-scale{scale}-seed{seed}-skip{skip}.png"
         for prompt in ("a-cat", "a-dog") for scale in (0, 1) for seed in (5, 6) for skip in (0, 1)
     ]  # fmt: skip
-    assert printed == [*names, "drawn/sheet.png"]
+    assert printed == [*names, "drawn/sheet.png", "drawn/slider.html"]
     assert pixels("drawn/a-cat-scale0-seed5-skip0.png") == pixels("drawn/a-cat-scale0-seed5-skip1.png")
     others = {pixels(name) for name in names}
     assert len(others) == 12, "scale 0 is the same for all skips"
@@ -131,7 +101,7 @@ def test_photographs_are_learnt_once_each(call, slider: Path, photo: Path, own_c
     Image.linear_gradient("L").rotate(90).resize((40, 60)).convert("RGB").save(other)
     arguments = ["edit", slider, photo, other, *INVERSION, "--scale", "0,1,-1", "--out", "edited"]
     printed = call(*arguments).stdout.split()
-    assert printed[3] == "edited/photo-sheet.png" and len(printed) == 8
+    assert printed[3] == "edited/photo-sheet.png" and len(printed) == 9
     with Image.open("edited/other-scale1.png") as result:
         assert result.size == (40, 60)
     assert len({pixels(f"edited/photo-scale{scale}.png") for scale in ("0", "1", "-1")}) == 3

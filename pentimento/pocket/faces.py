@@ -1,0 +1,181 @@
+"""What a slider does to drawn faces, read off exactly: the changed attribute, and whether everything else stayed.
+
+Pictures of prompts have no truth of their own: a face's scene is recognised in its picture at scale 0, and the pictures at other
+scales are read as edits of that.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+from torch import Tensor
+
+from ..images import to_tensor
+from . import captions
+from . import scene as world
+from .readout import STEPS, attributes, read, same, visible
+from .recognise import recognise
+from .scene import Scene
+from .tasks import Case, cases
+
+CLEAR = 25.0
+"""dB to which a face must be explained to be measured: in poorer pictures attributes are mistaken for each other."""
+ROOM = 0.35
+"""Of a shown change: how far from where it began a face's attribute may lie to be measured."""
+WORN = 6.0
+"""dB by which a picture may be explained worse than the face at scale 0; more, and it is a face no more."""
+KEPT = 0.75
+"""Share of the other attributes that stay while a face is the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What the pairs of a slider have in common."""
+
+    attribute: str
+    before: float
+    """Mean over the pairs."""
+    after: float
+    wanted: dict[str, Any]
+    """All that was set, of the first pair."""
+
+    @property
+    def continuous(self) -> bool:
+        """Whether there is anything between before and after."""
+        return self.attribute in STEPS
+
+    def response(self, start: float, value: float) -> float:
+        """How much of the change a face has made: 0 where it began, 1 where the pairs end."""
+        if self.continuous:
+            return (value - start) / (self.after - start)
+        return float(value == self.after)
+
+    def fits(self, scene: Scene) -> bool:
+        """Whether a face can show the change: it begins about where the pairs did, and nothing hides it."""
+        start = float(scene[self.attribute])
+        if not visible(scene | self.wanted, self.attribute):
+            return False
+        if self.continuous:
+            return abs(start - self.before) <= ROOM * abs(self.after - self.before)
+        return start != self.after
+
+
+def change_of(pairs: Sequence[Case]) -> Change | None:
+    """The one change of all pairs; ``None`` where they have none that could be read off other faces."""
+    if not pairs or any(pair.source["kind"] != "portrait" or not pair.wanted for pair in pairs):
+        return None
+    attribute = next(iter(pairs[0].wanted))
+    if any(attribute not in pair.wanted for pair in pairs):
+        return None
+    starts, ends = ([float(getattr(p, side)[attribute]) for p in pairs] for side in ("source", "target"))
+    if attribute not in STEPS and len(set(ends)) > 1:
+        return None
+    count = len(pairs)
+    return Change(
+        attribute=attribute, before=sum(starts) / count, after=sum(ends) / count, wanted=pairs[0].wanted
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Face:
+    """One face without the edit: what it was drawn from, and what is seen."""
+
+    prompt: str
+    seed: int
+    scene: Scene
+    explained: float
+    """dB, see ``readout.read``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One picture of a face, seen as an edit of it."""
+
+    response: float
+    value: float
+    kept: float
+    """Share of the other attributes that are as without the edit."""
+    interference: float
+    """Mean change of the other attributes, each as a part of its range; of a discrete one 0 or 1."""
+    intact: bool
+    """Still the same face: nearly all is kept, and the picture is explained nearly as well."""
+
+
+def prompts(task: str, split: str, seed: int = 0) -> Iterator[tuple[str, int]]:
+    """Captions of a split's portraits, without a word of what the task changes, each with a seed; without end."""
+    for case in cases(task, split, seed, phrasing=0):
+        if case.source["kind"] == "portrait":
+            yield unsaid(case), case.seed
+
+
+def unsaid(case: Case) -> str:
+    """The caption of a case's source, without what its task changes."""
+    scene, attribute = case.source, next(iter(case.wanted), "")
+    said = {
+        "smile": lambda: (f"{captions.expression(scene)} ", ""),
+        "age": lambda: (f"{captions.age(scene)} ", ""),
+        "hair": lambda: (f"{world.COLOUR_NAMES[scene['hair']]} hair", "hair"),
+        "hair_length": lambda: (captions.hair(scene), re.sub("^(short|long) ", "", captions.hair(scene))),
+    }
+    text = captions.caption(scene)
+    if attribute in said:
+        text = text.replace(*said[attribute](), 1)
+    return re.sub(r"\ban? (?=\w)(\w+)", lambda match: captions.a(match[1]), text)
+
+
+def find(
+    asked: Iterator[tuple[str, int]],
+    draw: Callable[[Sequence[tuple[str, int]]], Sequence[Image]],
+    changes: Sequence[Change],
+    count: int,
+    most: int,
+) -> list[Face]:
+    """The first ``count`` faces that are recognised and have room for each change; of ``most`` pictures at most."""
+    found: list[Face] = []
+    for _ in range(0, most, count):
+        tried = [next(asked) for _ in range(count)]
+        for (prompt, seed), picture in zip(tried, draw(tried), strict=True):
+            sight = recognise(pixels(picture))
+            if sight is None or sight.scene["kind"] != "portrait" or len(found) == count:
+                continue
+            # Read as the others will be, so that nothing seems to have moved at scale 0.
+            scene, explained = read(pixels(picture), sight.scene, sight.scene | changes[0].wanted)
+            if explained >= CLEAR and all(change.fits(scene) for change in changes):
+                found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=explained))
+        if len(found) == count:
+            break
+    return found
+
+
+def pixels(picture: Image) -> Tensor:
+    """``(3, H, W)`` in [0, 1]."""
+    return (to_tensor([picture])[0] + 1) / 2
+
+
+def look(picture: Image, face: Face, change: Change) -> Look:
+    """Read one picture."""
+    source, target = face.scene, face.scene | change.wanted
+    scene, explained = read(pixels(picture), source, target)
+    others = [
+        name
+        for name in attributes(source, target)
+        if name not in change.wanted and visible(source, name) and visible(scene, name)
+    ]
+    kept = sum(same(name, scene[name], source[name]) for name in others) / max(1, len(others))
+    value = float(scene[change.attribute])
+    return Look(
+        response=change.response(float(source[change.attribute]), value),
+        value=value,
+        kept=kept,
+        interference=sum(_moved(name, scene[name], source[name]) for name in others) / max(1, len(others)),
+        intact=kept >= KEPT and explained >= face.explained - WORN,
+    )
+
+
+def _moved(name: str, a: Any, b: Any) -> float:
+    if name in STEPS:
+        low, high = world.PORTRAIT_RANGES[name]
+        return float(abs(a - b) / (high - low))
+    return float(a != b)
