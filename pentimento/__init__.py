@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .run import Editor, load, train_run
     from .scaling import Search
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Editor", "Search", "__version__", "load", "load_recipe", "train_run"]
 
 

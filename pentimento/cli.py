@@ -95,8 +95,10 @@ def recipes(
     if name is None:
         from .recipes import shipped
 
-        for known, about in shipped().items():
-            print(f"{known:<24}{about}")
+        known = shipped()
+        width = max(map(len, known)) + 2
+        for title, about in known.items():
+            print(f"{title:<{width}}{about}")
         return
     from . import recipe
 
