@@ -204,7 +204,8 @@ def edit(
     Settings: candidates=6 judge=http|local|exact tries that many seeds in a few steps (early_steps) and makes the
     judge's choice in all steps; with --count each result has candidates of its own. paste_back=true keeps the picture's
     own pixels where the edit changed nothing. backbone.KEY and config.KEY change what the run recorded. Sliders:
-    skips=10,14, prompts=FILE, random_seeds=true, also=RUN@0.8, inversion=RUN, inversion.KEY=VALUE.
+    skips=10,14, prompts=FILE, random_seeds=true, also=RUN@0.8, raw=true, grids=true, inversion=RUN, inversion.KEY=VALUE. Where
+    several strengths are drawn, slider.html moves through them in a browser (page=false: not).
     """
     from . import editing, generation
 

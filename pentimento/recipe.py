@@ -120,7 +120,8 @@ class Recipe:
     seed: int = 0
     """Seed of everything random: initial adapters, order of the pictures, noise, samples."""
     sweep: Sweep | None = None
-    """Train several runs instead of one, each in a folder of its own inside --out; null: one."""
+    """Train several runs instead of one, each in a folder of its own inside --out: every combination of the lists that it
+    holds, data (values of data.root), noise_scales (of config.noise_scale) and seeds (of seed). null: one."""
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks import photographs, quality
+from benchmarks import photographs, quality, sliders
 from pentimento.flux.backbone import Flux
 from pentimento.methods.influxedit import InFluxEdit
 
@@ -38,3 +38,46 @@ def test_photographs_are_measured_beside_doing_nothing_and_the_autoencoder(fill:
         isinstance(result, Image.Image) and result.size == (70, 45) for result in made["encode_and_decode"]
     )
     assert all(gain != 0 for gain in gains["encode_and_decode"])
+
+
+def looks(*responses: float) -> list[dict[str, float]]:
+    """What is read of one face at each scale."""
+    return [{"response": r, "interference": abs(r) / 10, "kept": 1.0, "intact": 1.0} for r in responses]
+
+
+def test_sliders_are_scored_face_by_face() -> None:
+    even = [scale * 0.9 for scale in sliders.SCALES]
+    stuck = [0.0] * len(sliders.SCALES)
+    gradual = {"continuous": True, "looks": [looks(*even), looks(*stuck)]}
+    found = sliders.scores(gradual)
+    assert found["Spearman"] == pytest.approx([1, 0]) and found["reached"] == pytest.approx([0.9, 0])
+    assert found["linearity"] == pytest.approx([1, 0]) and found["symmetry"][0] == pytest.approx(1)
+    assert found["interference"] == pytest.approx([0.09, 0])
+    on = [float(scale > 0.6) for scale in sliders.SCALES]
+    flickering = [0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    switching = sliders.scores({"continuous": False, "looks": [looks(*on), looks(*flickering)]})
+    assert (switching["on at 1"], switching["off at 0"]) == ([1, 0], [1, 1])
+    assert (switching["switches"], switching["switches once"]) == ([1, 5], [1, 0])
+    named = {"method": "pairedit", "pairs": 3, "task": "smile"}
+    report = sliders.table([gradual | named])
+    assert (
+        report["smile"]["pairedit, 3 pairs"]["reached"][0]
+        == 0.45
+        == report["all continuous"]["pairedit, 3 pairs"]["reached"][0]
+    )
+
+
+def test_exemplars_of_a_cell_show_one_change() -> None:
+    args = argparse.Namespace(
+        methods=["pairedit"], tasks=["smile", "recolour-hair", "add-hat"], pairs=[3, 1], draws=2
+    )
+    cells = sliders.cells(args)
+    assert [(c.task, c.pairs) for c in cells[::2]] == [
+        ("smile", 3), ("recolour-hair", 3), ("recolour-hair", 1), ("add-hat", 3), ("add-hat", 1),
+    ]  # fmt: skip
+    assert len({c.name for c in cells}) == 10
+    for cell in cells:
+        exemplars = cell.exemplars()
+        assert len(exemplars) == cell.pairs and sliders.change_of(exemplars)
+        assert cell.task == "smile" or len({str(case.wanted) for case in exemplars}) == 1
+    assert cells[0].exemplars() != cells[1].exemplars()
