@@ -60,6 +60,9 @@ def test_only_faces_that_can_show_the_change_are_taken() -> None:
     hair = faces.change_of(exemplars("hair-length"))
     assert smile is not None and hair is not None
     assert smile.fits(a_face(smile=-0.6).scene) and not smile.fits(a_face(smile=0.7).scene)
+    assert not smile.fits(a_face(smile=-0.6, beard=1).scene)
+    assert all("beard" not in prompt for prompt, _ in itertools.islice(faces.prompts("smile", "dev"), 20))
+    assert any("beard" in prompt for prompt, _ in itertools.islice(faces.prompts("age", "dev"), 20))
     bald = world.HAIR_STYLES.index("bald")
     assert hair.fits(a_face(hair_style=0, hair_length=0.1).scene)
     assert not hair.fits(a_face(hair_style=bald, hair_length=0.1).scene)
