@@ -21,6 +21,7 @@ from .schema import Keys, Origin
 from .train import Stage
 
 METHODS = {
+    "editinfinity": "pentimento.methods.editinfinity:EditInfinity",
     "icedit": "pentimento.methods.icedit:ICEdit",
     "image-slider": "pentimento.methods.sliders:ImageSlider",
     "influxedit": "pentimento.methods.influxedit:InFluxEdit",

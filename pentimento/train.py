@@ -193,6 +193,11 @@ class Draws:
         rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
         return torch.stack(rows).to(self.device, x.dtype)
 
+    def uniform_like(self, x: Tensor) -> Tensor:
+        """Float32 numbers in [0, 1) of the shape of x (B, ...)."""
+        rows = [torch.rand(x.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(self.device)
+
     def uniform(self) -> Tensor:
         """(B,) float32 in [0, 1)."""
         return torch.stack([torch.rand((), generator=generator) for generator in self.generators]).to(
