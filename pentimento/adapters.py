@@ -262,9 +262,10 @@ class Adapters:
         if path.is_dir() and (path / "weights").is_dir():
             path = path / "weights"
         names = list(self.specs) if name is None else [name]
-        if path.is_file() and len(names) > 1:
+        wanted = [*names, *self.tensors] if name is None else names
+        if path.is_file() and len(wanted) > 1:
             raise UserError(
-                f"{path} holds one adapter, this method has {', '.join(names)}; give the folder of them"
+                f"{path} holds one adapter, this method has {', '.join(wanted)}; give the folder of them"
             )
         pending: list[tuple[Tensor, Tensor]] = []
         for one in names:

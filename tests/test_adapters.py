@@ -277,6 +277,8 @@ def test_save_and_load(tmp_path, names, whole_run):
     loaded.add_tensor("prompt", torch.zeros(3, 2))
     loaded.load(tmp_path if whole_run else tmp_path / "weights")
     assert toy.difference(saved.state_dict(), loaded.state_dict()) == 0
+    with pytest.raises(UserError, match="holds one adapter.*prompt; give the folder"):
+        loaded.load(next((tmp_path / "weights").rglob(NAME)))
 
 
 def test_one_adapter_from_a_file(tmp_path):
