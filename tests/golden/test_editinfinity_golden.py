@@ -26,7 +26,7 @@ from pentimento.infinity.tokenizer import Tokenizer, TokenizerConfig
 from pentimento.infinity.transformer import Text
 from pentimento.methods.editinfinity import EditInfinity, cross_entropy
 
-from .test_infinity_golden import maps, model, near, texts
+from .test_infinity_golden import distance, maps, model, texts
 
 pytestmark = pytest.mark.golden
 
@@ -85,8 +85,8 @@ def beginning(record: dict[str, Tensor], name: str) -> Tensor:
     return (record[f"step0.param_after.{name}"] + update) / (1 - RATE * DECAY)
 
 
-def train(edit: EditInfinity, adapter: str, root: Path, case: str, features: Tensor, text: Text) -> None:
-    """Every recorded step: losses, gradients after clipping, weights after the update."""
+def train(edit: EditInfinity, adapter: str, root: Path, case: str, features: Tensor, text: Text) -> int:
+    """Every recorded step: losses, gradients after clipping, weights after the update; returns how many there were."""
     record, said = load_file(root / f"{case}.safetensors"), json.loads((root / f"{case}.json").read_text())
     params = edit.adapters.train(adapter)
     state = edit.adapters.state_dict()
@@ -113,6 +113,7 @@ def train(edit: EditInfinity, adapter: str, root: Path, case: str, features: Ten
         check_recorded(record, f"step{step}.grad_after_clip", dict(zip(names, gradients, strict=True)), 1e-5)
         optimizer.step()
         check_recorded(record, f"step{step}.param_after", dict(zip(names, params, strict=True)), 1e-6)
+    return len(said["steps"])
 
 
 def check_recorded(
@@ -124,7 +125,7 @@ def check_recorded(
         return
     for name, value in ours.items():
         assert value is not None
-        near(value.detach(), record[f"{prefix}.{name}"], tolerance)
+        assert distance(value.detach(), record[f"{prefix}.{name}"]) <= tolerance
 
 
 def encoded(root: Path) -> tuple[Tensor, Text]:
@@ -137,43 +138,47 @@ def encoded(root: Path) -> tuple[Tensor, Text]:
     return tokenizer.encode(record["image"]), texts({**record, "cu_seqlens_k": ends})
 
 
-def check_loss(root: Path) -> None:
-    """The two sums of the loss, for recorded logits."""
+def weighted_loss(root: Path) -> tuple[float, float]:
+    """Ours and the recorded one, for recorded logits; the other sum of the loss is compared."""
     record = load_file(root / f"{STAGE1}.safetensors")
     expected = json.loads((root / f"{STAGE1}.json").read_text())["steps"][0]
     logits, bits = record["step0.logits"].unflatten(2, (-1, 2)), record["step0.gt_bits"].bool()
     loss = cross_entropy(logits, bits, SMALL)
-    assert abs(float(loss.weighted) - expected["ce_reweighted"]) < 1e-6
     theirs = expected["kl_unweighted_sum_over_tokens_bits_div_batch"]
     assert float(loss.total) == pytest.approx(theirs, rel=1e-6)
+    return float(loss.weighted), expected["ce_reweighted"]
 
 
-def check_mask(root: Path, name: str) -> None:
+def mask_weights(root: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Ours and the recorded ones."""
     mask = Image.open(root / "mask" / "png" / f"{name}.png")
     changes = images.take_mask(mask.convert("L").point(lambda level: 255 - level))
     ours = regions.weights(regions.region_of_mask(changes), LARGE)
-    assert torch.equal(ours, load_file(root / "mask" / "weighted_tensors.safetensors")[name].float())
+    return ours, load_file(root / "mask" / "weighted_tensors.safetensors")[name].float()
 
 
-def check_attention(root: Path, case: str = "attn_mask_thr0.5", threshold: float = 0.5) -> None:
+def attention_weights(
+    root: Path, case: str = "attn_mask_thr0.5", threshold: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """From a map to a region and its weights, on the grid of codes itself instead of through a drawn picture."""
     record = load_file(root / "attn" / f"{case}.safetensors")
     region = regions.region_of_attention(record["final_attention_map"], threshold)
     assert torch.equal(region, record["mask64_float"] == 0)
-    assert torch.equal(regions.weights(region, LARGE), record["weighted_tensor_if_mask_were_1024px_exact"])
+    return regions.weights(region, LARGE), record["weighted_tensor_if_mask_were_1024px_exact"]
 
 
 def test_loss_of_the_subset() -> None:
-    check_loss(SUBSET)
+    ours, theirs = weighted_loss(SUBSET)
+    assert abs(ours - theirs) < 1e-6
 
 
 @pytest.mark.parametrize("name", ALIGNED)
 def test_masks_of_the_subset(name: str) -> None:
-    check_mask(SUBSET, name)
+    assert torch.equal(*mask_weights(SUBSET, name))
 
 
 def test_attention_of_the_subset() -> None:
-    check_attention(SUBSET)
+    assert torch.equal(*attention_weights(SUBSET))
 
 
 def test_words() -> None:
@@ -194,9 +199,11 @@ def test_words() -> None:
 
 
 def test_stage_of_the_prompt(golden_dir: Path) -> None:
-    check_loss(golden_dir)
+    ours, theirs = weighted_loss(golden_dir)
+    assert abs(ours - theirs) < 1e-6
     features, text = encoded(golden_dir)
-    train(method(golden_dir, "gpt/gpt_d16_state", "0.06M"), "prompt", golden_dir, STAGE1, features, text)
+    edit = method(golden_dir, "gpt/gpt_d16_state", "0.06M")
+    assert train(edit, "prompt", golden_dir, STAGE1, features, text) == 4
 
 
 def test_stage_of_the_lora(golden_dir: Path) -> None:
@@ -205,7 +212,7 @@ def test_stage_of_the_lora(golden_dir: Path) -> None:
     edit = method(golden_dir, "gpt/gpt_d16_state", "0.06M", kl_weight=0.0)
     rows = load_file(golden_dir / f"{STAGE1}.safetensors")["step3.param_after.text_embedding_offset"]
     edit.adapters.state_dict()["tensors"]["prompt"].copy_(rows)
-    train(edit, "lora", golden_dir, LORA, features, text)
+    assert train(edit, "lora", golden_dir, LORA, features, text) == 3
 
 
 def test_stage_of_the_lora_with_the_second_term(golden_dir: Path) -> None:
@@ -213,16 +220,16 @@ def test_stage_of_the_lora_with_the_second_term(golden_dir: Path) -> None:
     features = load_file(golden_dir / "data" / "each_scale_code_1M_d32.safetensors")["pre_quant_features"]
     text = texts(load_file(golden_dir / f"{KL}.safetensors"))
     edit = method(golden_dir, "train/gpt_d32_depth2_state", "1M", rows=0)
-    train(edit, "lora", golden_dir, KL, features, text)
+    assert train(edit, "lora", golden_dir, KL, features, text) == 2
 
 
 @pytest.mark.parametrize("name", [*ALIGNED, "full_all_black", "grey_levels", "size_512_disc"])
 def test_masks(golden_dir: Path, name: str) -> None:
-    check_mask(golden_dir, name)
+    assert torch.equal(*mask_weights(golden_dir, name))
 
 
 def test_attention(golden_dir: Path) -> None:
-    check_attention(golden_dir)
+    assert torch.equal(*attention_weights(golden_dir))
 
 
 def test_watching_a_word(golden_dir: Path) -> None:
@@ -233,4 +240,4 @@ def test_watching_a_word(golden_dir: Path) -> None:
     quantizer, seen = Quantizer(16), regions.AttentionMap(LARGE, (3, 5))
     codes = [up(quantizer.codes(maps(source[f"source_bits_{k}"])), LARGE.grids[-1]) for k in range(13)]
     edit.look(texts(record), codes, LARGE, seen)
-    near(seen.mean(), record["final_attention_map"], 1e-6)
+    assert distance(seen.mean(), record["final_attention_map"]) <= 1e-6

@@ -55,9 +55,10 @@ def texts(record: dict[str, Tensor]) -> Text:
     return ragged([record["text_features"][a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)])
 
 
-def near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+def distance(ours: Tensor, theirs: Tensor) -> float:
     """Equal up to ``tolerance``, absolute."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return float((ours - theirs).abs().max())
 
 
 def maps(bits: Tensor) -> Tensor:
@@ -111,14 +112,14 @@ class Drawing:
         bits = [record[f"bits_{k}"] for k in range(len(self.codes))]
         for each, ours, grid in zip(bits, self.codes, schedule.grids, strict=False):
             theirs = Quantizer(each.shape[-1]).codes(to_maps(each, grid))
-            near(ours, up(theirs, schedule.grids[-1]), 1e-6)
+            assert distance(ours, up(theirs, schedule.grids[-1])) <= 1e-6
 
     def check_logits(self, record: dict[str, Tensor], tolerance: float, every: int = 1) -> None:
         """Recorded logits are near; ``every``: of scales with more than 256 tokens only each so many are recorded."""
         assert self.logits
         for k, ours in enumerate(self.logits):
             step = every if ours.shape[1] > 256 else 1
-            near(ours[:, ::step].flatten(2), record[f"logits_{k}"], tolerance)
+            assert distance(ours[:, ::step].flatten(2), record[f"logits_{k}"]) <= tolerance
 
 
 def check_blend(root: Path, drawing: Drawing) -> Drawn | None:
@@ -153,12 +154,12 @@ def check_quantizer(root: Path) -> dict[str, Tensor]:
     levels = list(Quantizer(16).levels(record["pre_quant_features"], SMALL))
     for k, level in enumerate(levels):
         assert torch.equal(level.bits, maps(record[f"bits_{k}"]))
-    near(levels[-1].total, record["z"], 1e-6)
+    assert distance(levels[-1].total, record["z"]) <= 1e-6
     return record
 
 
-def check_correction(root: Path, case: str) -> None:
-    """Bitwise self-correction: inputs and labels with the recorded wrong bits."""
+def check_correction(root: Path, case: str) -> int:
+    """Bitwise self-correction: inputs and labels with the recorded wrong bits; returns how many scales there were."""
     record = load_file(root / "bsc" / f"bsc_{case}.safetensors")
     requantized = "flip_mask_0" in record and not case.endswith("norequant")
     flips = (lambda k, bits: maps(record[f"flip_mask_{k}"])) if requantized else None
@@ -166,7 +167,11 @@ def check_correction(root: Path, case: str) -> None:
     levels = list(quantizer.levels(record["raw_features"], SMALL, flips))
     for k, level in enumerate(levels):
         assert torch.equal(to_tokens(level.bits), record[f"gt_bits_{k}"].bool())
-    near(quantizer.inputs([level.total for level in levels], SMALL), record["x_BLC_wo_prefix"], 1e-6)
+    assert (
+        distance(quantizer.inputs([level.total for level in levels], SMALL), record["x_BLC_wo_prefix"])
+        <= 1e-6
+    )
+    return len(levels)
 
 
 def check_positions(root: Path, ratio: float) -> dict[str, Tensor]:
@@ -174,28 +179,34 @@ def check_positions(root: Path, ratio: float) -> dict[str, Tensor]:
     positions = Schedule.of(ratio, "1M").positions()
     assert torch.equal(positions, record[f"coords_{ratio:.3g}" if ratio != 1 else "coords_1.0"].float())
     name = f"{ratio:.3g}" if ratio != 1 else "1.0"
-    near(rotations(positions, 16)[:, ::101], record[f"cos_sin_{name}_every_101st"], 1e-6)
+    assert distance(rotations(positions, 16)[:, ::101], record[f"cos_sin_{name}_every_101st"]) <= 1e-6
     return record
 
 
 def test_blend_of_the_subset(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_blend(SUBSET, Drawing(monkeypatch, FIRST))
+    drawing = Drawing(monkeypatch, FIRST)
+    check_blend(SUBSET, drawing)
+    assert len(drawing.codes) == FIRST
 
 
 def test_sampling_of_the_subset(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_sampling(SUBSET, Drawing(monkeypatch, FIRST))
+    drawing = Drawing(monkeypatch, FIRST)
+    check_sampling(SUBSET, drawing)
+    assert len(drawing.codes) == FIRST
 
 
 def test_quantizer_of_the_subset() -> None:
-    check_quantizer(SUBSET)
+    record = check_quantizer(SUBSET)
+    assert sum(key.startswith("bits_") for key in record) == len(SMALL.grids)
 
 
 def test_correction_of_the_subset() -> None:
-    check_correction(SUBSET, "noise_0p3")
+    assert check_correction(SUBSET, "noise_0p3") == len(SMALL.grids)
 
 
 def test_positions_of_the_subset() -> None:
-    check_positions(SUBSET, 1.5)
+    record = check_positions(SUBSET, 1.5)
+    assert len(record["coords_1.5"]) == Schedule.of(1.5, "1M").tokens
 
 
 def test_schedules_are_the_published_ones() -> None:
@@ -231,28 +242,28 @@ def test_tokenizer(golden_dir: Path) -> None:
     file = golden_dir / "vae" / "vae_d16_s16_state.safetensors"
     tokenizer = Tokenizer(loading.check_tokenizer(shapes_of(file), file, None)).eval().requires_grad_(False)
     tokenizer.load_state_dict(load_file(file))
-    near(tokenizer.encode(record["image"]), record["pre_quant_features"], 1e-5)
-    near(tokenizer.decode(record["z"]), record["decoded"], 1e-4)
+    assert distance(tokenizer.encode(record["image"]), record["pre_quant_features"]) <= 1e-5
+    assert distance(tokenizer.decode(record["z"]), record["decoded"]) <= 1e-4
     quantizer, last = tokenizer.quantizer, SMALL.grids[-1]
     codes = [quantizer.codes(maps(record[f"bits_{k}"])) for k in range(7)]
     for k, code in enumerate(codes):
-        near(code, record[f"codes_{k}"][:, :, 0], 1e-6)
+        assert distance(code, record[f"codes_{k}"][:, :, 0]) <= 1e-6
     sums = list(np.cumsum([up(code, last).numpy() for code in codes], 0))
     for k, total in enumerate(sums):
-        near(torch.from_numpy(total), record[f"cumulative_{k}"][:, :, 0], 1e-6)
+        assert distance(torch.from_numpy(total), record[f"cumulative_{k}"][:, :, 0]) <= 1e-6
 
 
 @pytest.mark.parametrize("case", ["noise_off", "noise_0p3", "noise_0p3_norequant"])
 def test_correction(golden_dir: Path, case: str) -> None:
     """Wrong bits that are not quantised again change nothing in the reference either."""
-    check_correction(golden_dir, case)
+    assert check_correction(golden_dir, case) == len(SMALL.grids)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 0.666])
 def test_positions(golden_dir: Path, ratio: float) -> None:
     record = check_positions(golden_dir, ratio)
     wide = rotations(LARGE.positions(), 128)[:, ::101]
-    near(wide, record["headdim128_cos_sin_1.0_every_101st"], 1e-6)
+    assert distance(wide, record["headdim128_cos_sin_1.0_every_101st"]) <= 1e-6
 
 
 def test_rotation(golden_dir: Path) -> None:
@@ -260,7 +271,7 @@ def test_rotation(golden_dir: Path) -> None:
     start, end = SMALL.spans[2]
     table = rotations(SMALL.positions(), 16)[:, start:end]
     for name in ("q", "k"):
-        near(rotate(record[name], table), record[f"{name}_out"], 1e-6)
+        assert distance(rotate(record[name], table), record[f"{name}_out"]) <= 1e-6
 
 
 @pytest.fixture
@@ -289,7 +300,7 @@ def test_teacher_forcing(golden_dir: Path, case: str, biased: bool, tolerance: f
     record = load_file(golden_dir / "gpt" / f"{case}.safetensors")
     net = model(golden_dir / "gpt" / "gpt_d16_state.safetensors", attention_bias=biased)
     logits = net(record["x_BLC_wo_prefix"], texts(record), SMALL)
-    near(logits.flatten(2), record["logits"], tolerance)
+    assert distance(logits.flatten(2), record["logits"]) <= tolerance
 
 
 @pytest.mark.parametrize(("case", "biased"), [("edit", False), ("base", True)])
@@ -304,22 +315,22 @@ def test_inside_of_teacher_forcing(golden_dir: Path) -> None:
     record = load_file(golden_dir / "gpt" / "tf_square_B2.safetensors")
     net, text = model(golden_dir / "gpt" / "gpt_d16_state.safetensors"), texts(record)
     condition = net.condition(text)
-    near(condition.pooled, record["sos_cond"], 1e-5)
-    near(condition.modulation, record["shared_ada"], 1e-5)
-    near(condition.context.features[text.known()], record["text_kv_projected"], 1e-5)
+    assert distance(condition.pooled, record["sos_cond"]) <= 1e-5
+    assert distance(condition.modulation, record["shared_ada"]) <= 1e-5
+    assert distance(condition.context.features[text.known()], record["text_kv_projected"]) <= 1e-5
     outputs: list[Tensor] = []
     for block in net.blocks:
         block.register_forward_hook(lambda m, a, out: outputs.append(out))
     net(record["x_BLC_wo_prefix"], text, SMALL)
     for k, ours in enumerate(outputs):
-        near(ours, record[f"block_out_{k}"], 1e-4)
+        assert distance(ours, record[f"block_out_{k}"]) <= 1e-4
 
 
 def test_teacher_forcing_without_text(golden_dir: Path) -> None:
     record = load_file(golden_dir / "gpt" / "tf_square_B2_all_uncond.safetensors")
     net = model(golden_dir / "gpt" / "gpt_d16_state.safetensors")
     logits = net(record["x_BLC_wo_prefix"], net.without_text(texts(record)), SMALL)
-    near(logits.flatten(2), record["logits"], 1e-5)
+    assert distance(logits.flatten(2), record["logits"]) <= 1e-5
 
 
 def with_lora(net: InfinityTransformer, file: Path) -> InfinityTransformer:
@@ -340,7 +351,7 @@ def test_teacher_forcing_with_lora(golden_dir: Path) -> None:
     net = model(golden_dir / "gpt" / "gpt_d16_state.safetensors")
     with_lora(net, golden_dir / "lora" / "lora_weights.safetensors")
     logits = net(record["x_BLC_wo_prefix"], texts(record), SMALL)
-    near(logits.flatten(2), record["logits"], 1e-5)
+    assert distance(logits.flatten(2), record["logits"]) <= 1e-5
 
 
 GREEDY = {"cfg": 4.0, "tau": 0.5, "top_k": 1, "top_p": 0.0}
@@ -379,7 +390,7 @@ def test_drawing(
     if "logits_0" in record:
         drawing.check_logits(record, tolerance)
     drawing.check_bits(record, SMALL)
-    near(drawn.z, record["summed_codes"], 1e-5)
+    assert distance(drawn.z, record["summed_codes"]) <= 1e-5
     if "image_bgr_uint8" in record:
         file = golden_dir / "vae" / "vae_d16_s16_state.safetensors"
         tokenizer = Tokenizer(loading.check_tokenizer(shapes_of(file), file, None)).requires_grad_(False)
@@ -401,11 +412,13 @@ def test_blend(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = check_blend(golden_dir, Drawing(monkeypatch))
     record = load_file(golden_dir / "blend" / "blend_infer2_greedy_1M.safetensors")
     assert drawn is not None
-    near(drawn.z, record["summed_codes"], 1e-5)
+    assert distance(drawn.z, record["summed_codes"]) <= 1e-5
 
 
 def test_sampling(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_sampling(golden_dir, Drawing(monkeypatch))
+    drawing = Drawing(monkeypatch)
+    check_sampling(golden_dir, drawing)
+    assert len(drawing.codes) == len(LARGE.grids)
 
 
 def test_watching_attention(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,5 +438,5 @@ def test_watching_attention(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     drawing = Drawing(monkeypatch)
     drawn = drawing(net, texts(record), LARGE, Sampling(**GREEDY), edit, watch=watch)
     assert drawn is not None and len(seen) == 26
-    near(torch.stack(seen).mean(0), record["final_attention_map"], 1e-6)
-    near(drawn.z, record["summed_codes"], 1e-5)
+    assert distance(torch.stack(seen).mean(0), record["final_attention_map"]) <= 1e-6
+    assert distance(drawn.z, record["summed_codes"]) <= 1e-5
