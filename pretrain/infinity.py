@@ -38,6 +38,8 @@ STRENGTH = 0.3
 """Highest share of bits turned over."""
 DROPPED = 0.1
 """Share of captions that are dropped."""
+SHAPES = 0.5
+"""Share of scenes that surely have shapes, whose captions are the harder ones."""
 PEAK = 2e-3
 
 
@@ -101,7 +103,8 @@ class World:
         device = words.device
         tokenizer = bsq.load(folder, device)
         self.quantizer, self.words = tokenizer.quantizer, words
-        pool = pools.singles(first, size, bsq.SCHEDULE.pixels, device, 14 if device.type == "cuda" else 2)
+        workers = 14 if device.type == "cuda" else 2
+        pool = pools.singles(first, size, bsq.SCHEDULE.pixels, device, workers, SHAPES)
         self.features = bsq.features(tokenizer, pool.pictures[:, 0])
         variants = len(pool.texts[0])
         self.tokens = words.table([t for row in pool.texts for t in row]).view(len(pool.texts), variants, -1)

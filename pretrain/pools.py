@@ -6,6 +6,7 @@ Scenes and captions are made by processes on the CPU, pictures on the device. A 
 import itertools
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,10 +36,13 @@ class Pool:
     texts: list[tuple[str, ...]]
 
 
-def _single(job: tuple[int, int]) -> tuple[dict[str, np.ndarray], list[tuple[str, ...]]]:
+def _single(job: tuple[int, int], shapes: float = 0.0) -> tuple[dict[str, np.ndarray], list[tuple[str, ...]]]:
     start, count = job
     rng = np.random.default_rng([7, start])
-    scenes = [world.draw(seed) for seed in itertools.islice(world.seeds("train", start), count)]
+    scenes = [
+        world.draw(seed, "shapes" if shapes and rng.random() < shapes else None)
+        for seed in itertools.islice(world.seeds("train", start), count)
+    ]
     texts = [
         tuple(captions.caption(s, phrasing, rng) for phrasing in range(captions.TRAIN_PHRASINGS))
         for s in scenes
@@ -93,8 +97,16 @@ def _make(
     return Pool(x.view(-1, sides, *x.shape[1:]), texts)
 
 
-def singles(start: int, count: int, size: tuple[int, int], device: torch.device, workers: int = 14) -> Pool:
-    return _make(_single, start, count, size, device, workers, 1)
+def singles(
+    start: int,
+    count: int,
+    size: tuple[int, int],
+    device: torch.device,
+    workers: int = 14,
+    shapes: float = 0.0,
+) -> Pool:
+    """``shapes``: the share that surely has shapes; the rest is drawn as the world draws its kinds."""
+    return _make(partial(_single, shapes=shapes), start, count, size, device, workers, 1)
 
 
 def pairs(start: int, count: int, size: tuple[int, int], device: torch.device, workers: int = 14) -> Pool:
