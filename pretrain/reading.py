@@ -1,9 +1,10 @@
 """How much of what captions say is in the pictures drawn from them."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ READ_AT = 64
 POSE = {
     "dx": np.linspace(-0.2, 0.2, 11), "dy": np.linspace(-0.12, 0.14, 9), "scale": np.linspace(0.8, 1.14, 9), "tilt": np.linspace(-0.16, 0.16, 7),
 }  # fmt: skip
+PARTS = ("present", "colour", "shape")
 NAMED = ("glasses", "hat", "beard", "earring", "hair", "hat_colour", "shirt", "bg", "texture")
 
 
@@ -78,8 +80,17 @@ def explain(picture: Tensor, start: world.Scene) -> world.Scene:
     return current
 
 
-def found(picture: Tensor, wanted: world.Scene) -> list[bool]:
-    """Per attribute that the caption names: is it in the picture?"""
+class Found(NamedTuple):
+    """Per attribute that a caption names: is it in the picture?"""
+
+    named: list[bool]
+    """Objects may have changed places with each other."""
+    placed: list[bool]
+    """Objects must be where the caption says."""
+
+
+def found(picture: Tensor, wanted: world.Scene) -> Found:
+    """What of a caption is in a picture (3, H, W) in [0, 1]."""
     small = F.avg_pool2d(picture[None], picture.shape[1] // READ_AT)[0]
     neutral = dict.fromkeys(("dx", "dy", "tilt"), 0.0) | {"scale": 0.97}
     start = wanted | (neutral if wanted["kind"] == "portrait" else {})
@@ -87,9 +98,18 @@ def found(picture: Tensor, wanted: world.Scene) -> list[bool]:
     if wanted["kind"] == "portrait":
         names = [n for n in NAMED if readout.visible(wanted, n) and not (n == "hair" and wanted["age"] > 0.6)]
         words = [captions.expression(seen) == captions.expression(wanted)]
-        return words + [seen[n] == wanted[n] for n in names]
-    parts = [f"{part}{k}" for k in captions.present(wanted) for part in ("present", "colour", "shape")]
-    return [seen[n] == wanted[n] for n in [*parts, "bg"]]
+        words += [seen[n] == wanted[n] for n in names]
+        return Found(words, words)
+    slots, ground = captions.present(wanted), [seen["bg"] == wanted["bg"]]
+    orders = [
+        [
+            seen[f"{part}{here}"] == wanted[f"{part}{k}"]
+            for k, here in zip(slots, order, strict=True)
+            for part in PARTS
+        ]
+        for order in itertools.permutations(slots)
+    ]
+    return Found(max(orders, key=sum) + ground, orders[0] + ground)
 
 
 def drawn_scenes(kind: str, count: int) -> list[world.Scene]:
@@ -116,9 +136,15 @@ def captions_found(draw: Callable[[list[str]], list[Image.Image]], count: int) -
             scenes = drawn_scenes(kind, count)
             pictures = draw([captions.caption(s, 1 if kind == "shapes" else 0) for s in scenes])
             results = list(pool.map(_found, pictures, scenes))
-            out[kind] = sum(map(sum, results)) / sum(map(len, results))
+            out[kind] = share([result.named for result in results])
+        out["shapes at their places"] = share([result.placed for result in results])
     return out
 
 
-def _found(picture: Image.Image, wanted: world.Scene) -> list[bool]:
+def share(answers: Sequence[Sequence[bool]]) -> float:
+    """Of all that is answered, what is true."""
+    return sum(map(sum, answers)) / sum(map(len, answers))
+
+
+def _found(picture: Image.Image, wanted: world.Scene) -> Found:
     return found(to_tensor([picture])[0], wanted)
