@@ -189,9 +189,10 @@ def measured(
     latents = probe.draw([(face.prompt, face.seed) for face in chosen], [scale * unit for scale in SCALES])
     pictures = [probe.pictures(latents[scale * unit]) for scale in SCALES]
     rows = list(zip(*pictures, strict=True))
+    every = faces.looks([p for row in rows for p in row], [face for face in chosen for _ in SCALES], change)
     looks = [
-        [dataclasses.asdict(faces.look(picture, face, change)) for picture in row]
-        for face, row in zip(chosen, rows, strict=True)
+        [dataclasses.asdict(look) for look in every[i : i + len(SCALES)]]
+        for i in range(0, len(every), len(SCALES))
     ]
     return looks, images.sheet(rows, titles=[f"scale {scale:g}" for scale in SCALES], cell=128)
 

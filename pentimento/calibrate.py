@@ -235,9 +235,10 @@ def read_out(
         )
     latents = probe.draw([(face.prompt, face.seed) for face in chosen], scales)
     pictures = {scale: probe.pictures(latents[scale]) for scale in scales}
+    every = faces.looks([p for scale in scales for p in pictures[scale]], chosen * len(scales), change)
     points, rows = [], []
-    for scale in scales:
-        looks = [faces.look(p, face, change) for p, face in zip(pictures[scale], chosen, strict=True)]
+    for n, scale in enumerate(scales):
+        looks = every[n * len(chosen) : (n + 1) * len(chosen)]
         response, intact, value, kept = (
             mean([float(getattr(look, name)) for look in looks])
             for name in ("response", "intact", "value", "kept")

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from ..images import to_tensor
 from . import captions
 from . import scene as world
-from .readout import STEPS, attributes, read, same, visible
+from .readout import STEPS, attributes, read, read_all, same, visible
 from .recognise import recognise
 from .scene import Scene
 from .tasks import Case, cases
@@ -163,8 +164,22 @@ def pixels(picture: Image) -> Tensor:
 
 def look(picture: Image, face: Face, change: Change) -> Look:
     """Read one picture."""
+    return looks([picture], [face], change)[0]
+
+
+def looks(pictures: Sequence[Image], faces: Sequence[Face], change: Change) -> list[Look]:
+    """Read pictures of one size, each of a face; on a GPU where there is one."""
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    read = read_all(
+        torch.stack([pixels(picture) for picture in pictures]).to(device),
+        [face.scene for face in faces],
+        [face.scene | change.wanted for face in faces],
+    )
+    return [_look(*seen, face, change) for seen, face in zip(read, faces, strict=True)]
+
+
+def _look(scene: Scene, explained: float, face: Face, change: Change) -> Look:
     source, target = face.scene, face.scene | change.wanted
-    scene, explained = read(pixels(picture), source, target)
     others = [
         name
         for name in attributes(source, target)

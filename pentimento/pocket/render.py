@@ -28,10 +28,14 @@ def stack(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> dict[s
     return {name: torch.tensor(values, device=device).view(-1, 1, 1) for name, values in columns.items()}
 
 
-def render(scenes: Sequence[Scene], width: int = 128, height: int = 128) -> Tensor:
-    """Pictures ``(n, 3, height, width)`` in [0, 1], float32, on the CPU, quantised to 8 bits as a PNG would be."""
-    pictures = [render_columns(stack(scenes[i : i + 32]), width, height) for i in range(0, len(scenes), 32)]
-    return (torch.cat(pictures) * 255).round() / 255
+def render(
+    scenes: Sequence[Scene], width: int = 128, height: int = 128, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Pictures ``(n, 3, height, width)`` in [0, 1], float32, on the device, quantised to 8 bits as a PNG would be."""
+    most = 32 if torch.device(device).type == "cpu" else 512
+    parts = [scenes[i : i + most] for i in range(0, len(scenes), most)]
+    pictures = torch.cat([render_columns(stack(part, device), width, height) for part in parts])
+    return (pictures * 255).round() / 255
 
 
 @torch.no_grad()
