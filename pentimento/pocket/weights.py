@@ -35,12 +35,7 @@ def folder(name: str) -> Path:
     found = Path(str(files("pentimento.pocket") / "models" / shipped))
     if not any((found / mark).is_file() for mark in ("model_index.json", "config.json")):
         raise UserError(
-            f"the shipped weights are missing from this installation ({found}); "
-            + (
-                "this version has no small model of Infinity: set backbone.weights to the published files"
-                if name == "pocket-infinity"
-                else "install pentimento again"
-            )
+            f"the shipped weights are missing from this installation ({found}); install pentimento again"
         )
     return dev_from(found) if name == "pocket-dev" else found
 
