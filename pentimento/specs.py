@@ -30,6 +30,8 @@ class LoRA:
     """How A starts (B is zero): gaussian, N(0, 1/rank^2), as in diffusers' scripts; default, peft's Kaiming uniform; kaiming,
     uniform between -sqrt(3/inputs) and +sqrt(3/inputs), as in PairEdit. orthogonal: A as kaiming, B random orthonormal columns
     that are never trained, as Concept Sliders does for all but its method "full"."""
+    dropout: float = 0.0
+    """Share of a layer's inputs that the low-rank update does not see in a step of training, drawn anew for each."""
     full: tuple[str, ...] = ()
     """Small modules trained whole beside the low-rank ones, such as x_embedder; saved in a file of their own."""
 
@@ -38,6 +40,8 @@ class LoRA:
             raise ValueError(f"rank must be at least 1, but it is {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0 or null, but it is {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, but it is {self.dropout}")
         if not self.targets:
             raise ValueError("targets is empty; name the layers that get a LoRA")
 
@@ -67,6 +71,8 @@ class ExpertLoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dropout:
+            raise ValueError("dropout has no part in layers with experts; leave it out")
         for name, least in (("experts", 2), ("expert_rank", 1), ("top_k", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {getattr(self, name)}")

@@ -169,15 +169,19 @@ class Infinity:
 
         return ragged(pretrained.remember(self._prompts, prompts, encode))
 
-    def logits(self, text: Text, totals: Sequence[Tensor], schedule: Schedule) -> Tensor:
+    def logits(
+        self, text: Text, totals: Sequence[Tensor], schedule: Schedule, branches: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, L, d, 2) float32 of both values of every bit, all scales at once, each given the ones before.
 
-        ``totals``: running sums (B, d, H, W) of the codes, as ``Quantizer.levels`` gives them.
+        Args:
+            totals: running sums (B, d, H, W) of the codes, as ``Quantizer.levels`` gives them.
+            branches: factors (blocks, 2, B) of the blocks' branches in training, see ``transformer.drop_path``.
         """
         inputs = self.quantizer.inputs([total.to(self.device) for total in totals], schedule)
         # Blocks compute in their own dtype; what is outside of them stays in float32 also while a loop trains in less.
         with torch.autocast(self.device.type, enabled=False):
-            logits: Tensor = self.transformer(inputs, text.to(self.device), schedule)
+            logits: Tensor = self.transformer(inputs, text.to(self.device), schedule, branches)
         return logits
 
     def generate(

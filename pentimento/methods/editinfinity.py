@@ -23,10 +23,10 @@ from ..errors import UserError
 from ..infinity import regions
 from ..infinity.backbone import Codes, Infinity, extend
 from ..infinity.config import InfinityConfig
-from ..infinity.quantizer import Flips, to_tokens
+from ..infinity.quantizer import RandomFlips, to_tokens
 from ..infinity.sampling import Interventions, Sampling
 from ..infinity.scales import LENGTHS, Schedule, nearest_ratio
-from ..infinity.transformer import Text, bit_cross_entropy
+from ..infinity.transformer import Text, bit_cross_entropy, drop_path
 from ..method import EditSettings, Example, Method
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class FeedForwardLoRA(LoRA):
     targets: str | tuple[str, ...] = FEED_FORWARD
     rank: int = 4
     alpha: float | None = 32.0
+    dropout: float = 0.1
     init: Literal["gaussian", "default", "kaiming", "orthogonal"] = "default"
 
 
@@ -97,6 +98,9 @@ class EditInfinity(Method):
         """Scales from the first on that have wrong bits."""
         text_dropout: float = 0.1
         """Probability with which the text, learnt rows included, is left out in a step."""
+        drop_path: float = 0.1
+        """Share of the pictures for which the last block's branches are left out in a step of training; in the blocks before it
+        is less, in the first 0."""
         kl_weight: float = 2e-7
         """While the LoRA is trained: weight of the second term of the loss, which the published code calls a KL divergence. It is
         the cross entropy again, summed over all tokens and bits with equal weights."""
@@ -118,6 +122,8 @@ class EditInfinity(Method):
             for name in ("rows", "flip_scales", "kl_weight", "cfg"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
+            if not 0 <= self.drop_path < 1:
+                raise ValueError(f"drop_path must be at least 0 and below 1, but it is {self.drop_path}")
             if not self.tau > 0:
                 raise ValueError(f"tau must be above 0, but it is {self.tau}")
 
@@ -205,39 +211,37 @@ class EditInfinity(Method):
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:
         """Cross entropy of all bits, given scales before with wrong bits; the LoRA acts in the stage that trains it.
 
-        Draws, in this order: per scale the share of wrong bits and which they are; whether the text is left out.
+        Draws, in this order: per scale the share of wrong bits and which they are; whether the text is left out; which branches
+        of the blocks are.
         """
         config, infinity = self.config, self.infinity
         features = batch["features"].to(infinity.device)
         rows, columns = features.shape[-2:]
         schedule = self.schedule(columns, rows)
-        levels = list(infinity.quantizer.levels(features, schedule, self._flips(draws)))
+        flips = RandomFlips(draws, config.flips, config.flip_scales)
+        levels = list(infinity.quantizer.levels(features, schedule, flips))
         bits = torch.cat([to_tokens(level.bits) for level in levels], 1)
         trains_lora = LORA in self.adapters.trained
         self.adapters.use(**({LORA: 1.0} if trains_lora else {}))  # type: ignore[arg-type]
         text = self._with_rows(Text(batch["text_features"], batch["text_mask"]).to(infinity.device))
         if config.text_dropout:
             text = self._dropped(text, draws.uniform().to(infinity.device) < config.text_dropout)
-        loss = cross_entropy(
-            infinity.logits(text, [level.total for level in levels], schedule), bits, schedule
+        logits = infinity.logits(
+            text, [level.total for level in levels], schedule, self._branches(len(features), draws)
         )
+        loss = cross_entropy(logits, bits, schedule)
         if not (trains_lora and config.kl_weight):
             yield "bits", loss.weighted
             return
         yield "bits", loss.weighted + config.kl_weight * loss.total
         yield "unweighted", config.kl_weight * loss.total.detach()
 
-    def _flips(self, draws: "Draws") -> Flips:
-        most = round(100 * self.config.flips)
-
-        def flips(scale: int, bits: Tensor) -> Tensor:
-            if scale >= self.config.flip_scales:
-                return torch.zeros_like(bits)
-            # Clamped: a uniform number may round up to 1.
-            rates = (draws.uniform() * (most + 1)).floor().clamp(max=most) / 100
-            return draws.uniform_like(bits) < rates.view(-1, 1, 1, 1)
-
-        return flips
+    def _branches(self, count: int, draws: "Draws") -> Tensor | None:
+        """Factors of the blocks' branches for so many pictures; ``None`` where none is ever left out."""
+        if not self.config.drop_path:
+            return None
+        numbers = draws.uniform_like(torch.empty(count, self.infinity.transformer.config.depth, 2))
+        return drop_path(numbers.to(self.infinity.device), self.config.drop_path)
 
     def _with_rows(self, text: Text) -> Text:
         """A padded text, cut to the longest of its rows, with the learnt ones after each."""

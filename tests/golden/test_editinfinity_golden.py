@@ -66,7 +66,7 @@ def method(root: Path, state: str, size: str, **config: Any) -> EditInfinity:
         transformer_config=net.config, tokenizer_config=TokenizerConfig(width=net.config.bits),
     )  # fmt: skip
     infinity = Infinity(weights, net, device=torch.device("cpu"), dtype=torch.float32)
-    return EditInfinity(infinity, EditInfinity.Config(size=size, text_dropout=0.0, **config))
+    return EditInfinity(infinity, EditInfinity.Config(size=size, text_dropout=0.0, drop_path=0.0, **config))
 
 
 def published(name: str) -> str:
