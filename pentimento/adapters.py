@@ -259,15 +259,17 @@ class Adapters:
 
     def _read(self, file: Path, name: str) -> list[tuple[Tensor, Tensor]]:
         """Pairs of an adapter's own tensors and what is to be copied into them."""
-        tensors, alpha = adapter_files.read_lora(file)
+        tensors, alpha, editinfinity = adapter_files.read_lora(file)
         stored = adapter_files.recorded_adapter(file, name)
         parts = {module: {k: p.data for k, p in part.items()} for module, part in self._parts(name).items()}
         spec = self.specs[name]
         specs.check_experts(file, tensors, stored, spec, name)
         own = self._published(name, parts.pop(""))
+        tensors = adapter_files.unflattened(file, tensors, own)
         pending = adapter_files.fit(file, f"adapter {name!r}", tensors, own)
         if alpha is None:
-            alpha = adapter_files.recorded_alpha(file, default=float(spec.rank))
+            silent = spec.scaled if editinfinity else float(spec.rank)
+            alpha = adapter_files.recorded_alpha(file, default=silent)
         if not math.isclose(alpha, spec.scaled):
             raise UserError(
                 f"{file} was trained with alpha {alpha:g}, adapter {name!r} has {spec.scaled:g}; set alpha={alpha:g}"

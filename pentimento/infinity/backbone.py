@@ -139,9 +139,7 @@ class Infinity:
 
     def quantize(self, features: Tensor, schedule: Schedule) -> Codes:
         """Features as bits and codes, from coarse to fine."""
-        last = schedule.grids[-1]
-        bits = [level.bits for level in self.quantizer.levels(features.to(self.device), schedule)]
-        return Codes(bits=bits, codes=[up(self.quantizer.codes(each), last) for each in bits])
+        return quantize(self.quantizer, features.to(self.device), schedule)
 
     def encode_images(self, pictures: Sequence[Image], schedule: Schedule) -> Codes:
         """Bits and codes of RGB pictures of the schedule's size."""
@@ -209,6 +207,12 @@ class Infinity:
             return draw(
                 self.transformer, self.quantizer, texts, schedule, sampling, generator, interventions
             )  # fmt: skip
+
+
+def quantize(quantizer: Quantizer, features: Tensor, schedule: Schedule) -> Codes:
+    """Features (B, d, H, W) float32 as bits and codes, from coarse to fine."""
+    bits = [level.bits for level in quantizer.levels(features, schedule)]
+    return Codes(bits=bits, codes=[up(quantizer.codes(each), schedule.grids[-1]) for each in bits])
 
 
 def ragged(rows: Sequence[Tensor]) -> Text:

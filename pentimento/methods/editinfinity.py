@@ -10,7 +10,8 @@ Shapes: B pictures, d bits per vector, (H, W) the last grid, L tokens of all sca
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,21 @@ from torch import Tensor
 from .. import images
 from ..adapters import Adapters, LoRA
 from ..errors import UserError
-from ..infinity import regions
+from ..infinity import authored, regions
 from ..infinity.backbone import Codes, Infinity, extend
 from ..infinity.config import InfinityConfig
 from ..infinity.quantizer import RandomFlips, to_tokens
 from ..infinity.sampling import Interventions, Sampling
 from ..infinity.scales import LENGTHS, Schedule, nearest_ratio
 from ..infinity.transformer import Text, bit_cross_entropy, drop_path
-from ..method import EditSettings, Example, Method
+from ..method import EditSettings, Example, Method, Theirs
 
 if TYPE_CHECKING:
     from ..train import Draws
 
 PROMPT, LORA = "prompt", "lora"
+NAMES = {authored.ROWS: PROMPT, authored.LORA: LORA}
+"""Ours, of what EditInfinity's scripts save."""
 INSTRUCTION = "{prompt}, the language style of this prompt is"
 """What the learnt rows follow, as published."""
 FEED_FORWARD = r".*\.ffn\.fc[12]"
@@ -42,6 +45,10 @@ FEED_FORWARD = r".*\.ffn\.fc[12]"
 class FeedForwardLoRA(LoRA):
     """The published adapter: rank 4 and alpha 32, so a scale of 8; A as peft's default, B zero."""
 
+    elsewhere: ClassVar[str] = (
+        "Neither stock diffusers nor ComfyUI knows Infinity; `pentimento export RUN --to editinfinity --out CASE` writes the files of"
+        " EditInfinity's own scripts."
+    )
     targets: str | tuple[str, ...] = FEED_FORWARD
     rank: int = 4
     alpha: float | None = 32.0
@@ -131,6 +138,34 @@ class EditInfinity(Method):
     def names(cls, config: Any) -> tuple[str, ...]:
         """The learnt rows, if there are any, and the LoRA."""
         return (PROMPT, LORA) if config.rows else (LORA,)
+
+    @classmethod
+    def theirs(cls, place: Path, at: int | None = None) -> Theirs | None:
+        """Learnt rows, a LoRA or both of EditInfinity's scripts; in a folder those of the most iterations."""
+        found = authored.files_of(place, at)
+        if not found:
+            return None
+        config: dict[str, Any] = {"rows": authored.COUNT if authored.ROWS in found else 0}
+        if authored.LORA in found and (rank := authored.rank_of(found[authored.LORA])):
+            config["lora"] = {"rank": rank}
+        named = " and ".join(file.name for file in found.values())
+        return Theirs(
+            files={NAMES[kind]: file for kind, file in found.items()},
+            backbone={"attention_bias": False},
+            config=config,
+            note=f"{named} of EditInfinity's scripts: without the base model's attention biases, as there, and with alpha"
+            f" {authored.ALPHA:g}, which they do not record (backbone.attention_bias, config.lora.alpha)",
+        )
+
+    def take(self, theirs: Theirs) -> None:
+        """Load their files; what there is no file of stays as it is, which for the LoRA is without effect."""
+        file = theirs.files.get(PROMPT)
+        width = self.infinity.transformer.config.text_width
+        rows = None if file is None else authored.read_rows(file, self.config.rows, width)
+        if LORA in theirs.files:
+            self.adapters.load(theirs.files[LORA], LORA)
+        if rows is not None:
+            self.adapters.tensors[PROMPT].data.copy_(rows)
 
     @classmethod
     def load(cls, backbone: InfinityConfig, config: Any) -> Self:
@@ -279,7 +314,7 @@ class EditInfinity(Method):
         self._check(example)
         codes, weight = None, None
         if example.mask is not None or self.config.region == "word":
-            codes = infinity.encode_images([self._scaled(source)], schedule)
+            codes = self._codes(example, source, schedule)
             weight = regions.weights(self._region(example, codes, schedule), schedule).to(infinity.device)
         seams = Interventions() if codes is None or weight is None else blending(codes, weight)
         self.adapters.use(**{LORA: settings.scale})  # type: ignore[arg-type]
@@ -292,6 +327,22 @@ class EditInfinity(Method):
         sampling = Sampling(cfg=cfg, tau=self.config.tau, top_p=self.config.top_p)
         drawn = infinity.generate(text, schedule, sampling, seed=settings.seed, interventions=seams)
         return images.resize_result(infinity.decode(drawn.z)[0], source.size)
+
+    def _codes(self, example: Example, source: Image, schedule: Schedule) -> Codes:
+        """The source's codes: those that are given (``extra["codes"]``, of ``pyramids.read``), else encoded."""
+        given = example.extra.get("codes")
+        if given is None:
+            return self.infinity.encode_images([self._scaled(source)], schedule)
+        grids = tuple((bits.shape[-2], bits.shape[-1]) for bits in given.bits)
+        if grids != schedule.grids or given.bits[0].shape[1] != self.infinity.quantizer.width:
+            raise UserError(
+                f"codes: they have {len(grids)} scales up to {grids[-1]} tokens of {given.bits[0].shape[1]} bits, but this picture is"
+                f" drawn in {len(schedule.grids)} up to {schedule.grids[-1]} of {self.infinity.quantizer.width}"
+            )
+        device = self.infinity.device
+        return Codes(
+            bits=[each.to(device) for each in given.bits], codes=[each.to(device) for each in given.codes]
+        )
 
     def _check(self, example: Example) -> None:
         config = self.config
@@ -345,6 +396,13 @@ class EditInfinity(Method):
             "instruction": INSTRUCTION if self.config.rows else "",
             **{name: getattr(self.config, name) for name in names},
         }
+
+    def usage(self) -> str:
+        """What the adapter is good for, and where it is written down."""
+        return (
+            "It knows one picture, the one that it was trained on, and edits that: the instruction is a caption of the wanted picture."
+            " All of it is in `docs/editinfinity.md`."
+        )
 
     def base(self) -> dict[str, Any]:
         """Family, name and digest of the Infinity weights, and whether their attention has its biases."""
