@@ -342,13 +342,17 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("method", adapter.method or "not said; name one with method=... to edit with it"),
         ("base model", adapter.base),
         ("format", adapter.dialect),
-        *_row_lines(adapter),
+        ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
+    ]
+    if adapter.rows is not None:
+        count, width = adapter.rows
+        return [*lines, ("rows", f"{count} learnt, of width {width:,}, to follow a caption; no LoRA")]
+    lines[-1:-1] = [
         ("rank", _tally(adapter.ranks) or _flat(adapter) or "none"),
         ("alpha", _tally(adapter.alphas) or _no_alpha(adapter)),
         *_expert_lines(adapter),
-        ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
-        ("full", full if adapter.full else f"none: {kind} only"),
     ]
+    lines.append(("full", full if adapter.full else f"none: {kind} only"))
     lines += [("layers", f"{count:>4} x {kind}") for kind, count in adapter.kinds.items()]
     for key, value in adapter.metadata.items():
         if key not in ("format", "pentimento"):
@@ -358,15 +362,6 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("record", f"{key}: {json.dumps(value, ensure_ascii=False)}") for key, value in adapter.ours.items()
     ]
     return lines
-
-
-def _row_lines(adapter: Adapter) -> list[tuple[str, str]]:
-    if adapter.rows is None:
-        return []
-    count, width = adapter.rows
-    return [
-        ("learnt rows", f"{count} of width {width:,}, to follow a caption; goes with a LoRA or alone"),
-    ]
 
 
 def _flat(adapter: Adapter) -> str:

@@ -104,7 +104,7 @@ def begin(method: Method, init: Path) -> None:
     if missing := {*method.adapters.specs, *method.adapters.tensors} - theirs.files.keys():
         raise UserError(
             f"--init {init}: of {', '.join(sorted(theirs.files))} only; {', '.join(sorted(missing))} is missing: name the folder"
-            " of both, or a recipe without it (config.rows=0 has no learnt rows)"
+            " of both, or leave it out (no learnt rows: config.rows=0 stages.prompt=null)"
         )
     method.take(theirs)
 

@@ -21,8 +21,8 @@ Gate = Literal["topk-softmax", "softmax-topk"]
 class LoRA:
     """Low-rank layers, and modules trained whole."""
 
+    # Which other programs load the file, for the model card; ``folder`` is where it lies.
     elsewhere: ClassVar[str] = 'In stock diffusers, `pipe.load_lora_weights("{folder}")` loads it.'
-    """Which other programs load the file, for the model card; ``folder`` is where it lies."""
     targets: str | tuple[str, ...]
     """Which linear layers get one: names or ends of names, or one regular expression over whole names."""
     rank: int = 16

@@ -149,12 +149,13 @@ class EditInfinity(Method):
         if authored.LORA in found and (rank := authored.rank_of(found[authored.LORA])):
             config["lora"] = {"rank": rank}
         named = " and ".join(file.name for file in found.values())
+        silent = f"; alpha, which they do not record, is {authored.ALPHA:g} unless config.lora.alpha says otherwise"
         return Theirs(
             files={NAMES[kind]: file for kind, file in found.items()},
             backbone={"attention_bias": False},
             config=config,
-            note=f"{named} of EditInfinity's scripts: without the base model's attention biases, as there, and with alpha"
-            f" {authored.ALPHA:g}, which they do not record (backbone.attention_bias, config.lora.alpha)",
+            note=f"{named} of EditInfinity's scripts: the base model's attention biases are left out, as there, unless"
+            f" backbone.attention_bias=true{silent if authored.LORA in found else ''}",
         )
 
     def take(self, theirs: Theirs) -> None:
