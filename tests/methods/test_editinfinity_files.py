@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from tiny_infinity import BITS, SIZE
 from typer.testing import CliRunner
 
-from pentimento import cli, data, files, images, lookup, preview, recipe, run
+from pentimento import cli, data, files, images, lookup, preview, recipe, run, schema
 from pentimento.adapters import ExpertLoRA, LoRA
 from pentimento.data import DataConfig
 from pentimento.draws import Draws
@@ -444,6 +445,24 @@ def test_the_card_of_a_run(trained: Path) -> None:
     assert (
         "--to editinfinity" in card and "MIT License" in card and "infinity, weights `tiny-infinity`" in card
     )
+
+
+def test_keys_of_the_page_exist() -> None:
+    """Every setting that docs/editinfinity.md names is one of the recipes'."""
+    page = (Path(__file__).parents[2] / "docs" / "editinfinity.md").read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"\b(?:config|backbone|data|stages\.(?:NAME|prompt|lora))\.[a-z_]+(?:\.[a-z_]+)?", page)
+    )
+    known = _keys(schema.plain(recipe.load("editinfinity")))
+    assert len(named) > 30
+    assert {name.replace("stages.NAME", "stages.lora") for name in named} <= known
+
+
+def _keys(value: Any, path: str = "") -> set[str]:
+    """Dotted keys of nested mappings, those of sections too."""
+    if not isinstance(value, dict):
+        return {path}
+    return {path}.union(*(_keys(inner, f"{path}.{key}".strip(".")) for key, inner in value.items()))
 
 
 def test_pickles_hold_nothing_but_tensors() -> None:
