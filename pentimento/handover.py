@@ -79,8 +79,8 @@ def _weights(run: Path, out: Path) -> Lines:
     record = adapter_files.read_record(file)
     iterations = {name: stage.steps for stage in recipe.stages.values() for name in stage.train}
     factors, lines = _factors(file, recipe.config.lora.scaled, recipe.config.lora.rank)
-    written = {_free(out, authored.file_name(authored.LORA, iterations.get(LORA, 50))): factors}
-    places = {path: stored.pickled(value) for path, value in written.items()}
+    lora = _free(out, authored.file_name(authored.LORA, iterations.get(LORA, 50)))
+    places = {lora: stored.pickled(factors)}
     if recipe.config.rows:
         if recipe.config.rows != authored.COUNT:
             raise UserError(
@@ -92,8 +92,10 @@ def _weights(run: Path, out: Path) -> Lines:
     for path, data in places.items():
         with writing(path):
             files.write(path, data)
-    _prove(written)
-    lines += [(("file"), str(path)) for path in places]
+    found = stored.read_tensors(lora)
+    if found.keys() != factors.keys() or not all(torch.equal(found[key], factors[key]) for key in found):
+        raise UserError(f"{lora}: holds other factors than the run; do not use it")
+    lines += [("file", str(path)) for path in places]
     if record.get("backbone", {}).get("attention_bias", True):
         lines.append(
             (
@@ -123,13 +125,6 @@ def _factors(file: Path, alpha: float, rank: int) -> tuple[dict[str, Tensor], Li
     if rank != 4:
         lines.append(("rank", f"{rank}; set lora_r={rank} in their scripts, which have 4"))
     return factors, lines
-
-
-def _prove(written: dict[Path, dict[str, Tensor]]) -> None:
-    for path, factors in written.items():
-        found = stored.read_tensors(path)
-        if found.keys() != factors.keys() or not all(torch.equal(found[key], factors[key]) for key in found):
-            raise UserError(f"{path}: is read back otherwise than it was written; do not use it")
 
 
 def _picture(what: Path, out: Path, overrides: Sequence[str]) -> Lines:
