@@ -35,7 +35,7 @@ def up(x: Tensor, grid: Grid) -> Tensor:
 
 
 class Uniform(Protocol):
-    """Random numbers in [0, 1), float32, on the device of the bits; ``train.Draws`` is such."""
+    """Random numbers in [0, 1), float32, on the device of the bits; ``draws.Draws`` is such."""
 
     def uniform(self) -> Tensor:
         """One for every picture, (B,)."""
