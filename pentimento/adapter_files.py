@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -49,14 +49,44 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_lora(file: Path) -> tuple[dict[str, Tensor], float | None]:
-    """LoRA factors without prefix, and alpha where the file has such keys."""
-    named = stored.in_diffusers_names(read_tensors(file))
+class Factors(NamedTuple):
+    """A LoRA as a file has it."""
+
+    tensors: dict[str, Tensor]
+    """Without prefix."""
+    alpha: float | None
+    """Where the file has such keys."""
+    editinfinity: bool
+    """Saved by EditInfinity's scripts: possibly flat, and without a word on alpha, which is not the rank."""
+
+
+def read_lora(file: Path) -> Factors:
+    """The factors of a file; raises ``UserError`` for several alphas."""
+    own = read_tensors(file)
+    named = stored.in_diffusers_names(own)
     tensors = {key.removeprefix(PREFIX): value for key, value in named.items()}
     alphas = {float(tensors.pop(key)) for key in [k for k in tensors if k.endswith(".alpha")]}
     if len(alphas) > 1:
         raise UserError(f"{file}: its layers have several alphas ({sorted(alphas)}), which is not supported")
-    return tensors, alphas.pop() if alphas else None
+    return Factors(tensors, alphas.pop() if alphas else None, stored.is_editinfinity(own))
+
+
+def unflattened(file: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat factors, as EditInfinity's scripts leave them on several GPUs, in the shapes of an adapter's own.
+
+    Raises:
+        UserError: they are of another rank.
+    """
+    flat = {key: value for key, value in found.items() if value.dim() == 1 and key in own}
+    for key, value in flat.items():
+        here = own[key].shape[0]
+        there, rest = divmod(value.numel(), own[key].shape[1])
+        if ".lora_A." in key and not rest and there != here:
+            raise UserError(f"{file} is of rank {there}, the adapter of rank {here}; set lora.rank={there}")
+    fitting = {
+        key: value.view(own[key].shape) for key, value in flat.items() if value.numel() == own[key].numel()
+    }
+    return {**found, **fitting}
 
 
 def write(

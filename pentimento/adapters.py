@@ -5,13 +5,12 @@ trained whole beside it if wanted. Parameters are float32 whatever the host's pr
 Files have the layout of diffusers, so that ``load_lora_weights`` of its pipelines reads them.
 """
 
-import copy
 import difflib
 import math
 import re
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +18,16 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import adapter_files, moe, specs
 from .errors import UserError
 from .inspection import WEIGHTS_NAME
+from .layers import Dropout, Whole
 from .specs import ExpertLoRA as ExpertLoRA
 from .specs import LoRA as LoRA
 from .specs import spec_of as spec_of
 
 SHOWN = 3
-
-
-class Whole(nn.Module):
-    """A module of the host with a float32 copy per adapter that trains it whole; attributes are named as peft's.
-
-    peft's own wrapper knows only on and off. Here scale s gives the weights ``base + s (trained - base)``, as a LoRA's
-    scale does, cast to the base's dtype so that a half-precision host computes in its own.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
-        self.scales: dict[str, float] = {}
-
-    def add(self, name: str) -> None:
-        """Give an adapter its copy."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).float()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.scales:
-            return self.original_module(*args, **kwargs)
-        return functional_call(self.original_module, self._weights(), args, kwargs)
-
-    def _weights(self) -> dict[str, Tensor]:
-        weights = {}
-        for key, base in self.original_module.named_parameters():
-            trained = [
-                (scale, self.modules_to_save[name].get_parameter(key)) for name, scale in self.scales.items()
-            ]
-            if len(trained) == 1 and trained[0][0] == 1:
-                weights[key] = trained[0][1].to(
-                    base.dtype
-                )  # base + (trained - base) is not trained bit for bit
-            else:
-                start = base.float()
-                weights[key] = (start + sum(scale * (value - start) for scale, value in trained)).to(
-                    base.dtype
-                )
-        return weights
 
 
 class Adapters:
@@ -79,6 +38,7 @@ class Adapters:
         self.specs: dict[str, LoRA] = {}
         self._experts: dict[str, list[str]] = {}
         self._own: dict[str, dict[str, nn.Parameter]] = {}
+        self._dropouts: dict[str, Dropout] = {}
         self.tensors: dict[str, nn.Parameter] = {}
         self.trained: tuple[str, ...] = ()
         self._initial: dict[str, Tensor] = {}
@@ -104,6 +64,9 @@ class Adapters:
             inject_adapter_in_model(config, self.host, adapter_name=name)
             for path, experts in self._expert_layers(spec).items():
                 moe.install(self.host.get_submodule(path), name, experts)
+        for path, layer in self.host.named_modules():
+            if spec.dropout and isinstance(layer, LoraLayer) and name in layer.lora_A:
+                layer.lora_dropout[name] = self._dropouts[f"{name} {path}"] = Dropout(spec.dropout)
         for path in spec.full:
             module = self.host.get_submodule(path)
             if not isinstance(module, Whole):
@@ -173,6 +136,14 @@ class Adapters:
                 parameter.requires_grad_(False)
             for parameter in self._trainable(name) if wanted else ():
                 parameter.requires_grad_(True)
+
+    def drop(self, seeds: Sequence[int]) -> None:
+        """Leave inputs of LoRAs out at random from here on, where ``LoRA.dropout`` says so; without seeds none.
+
+        ``seeds``: one for each row of a batch. What is left out depends on them and on the layer alone.
+        """
+        for key, dropout in self._dropouts.items():
+            dropout.seeds = [zlib.crc32(f"{seed} {key}".encode()) for seed in seeds]
 
     def routing(self, name: str) -> dict[str, moe.Routing]:
         """What an adapter's routers did in the last forward pass, by layer.
@@ -288,15 +259,17 @@ class Adapters:
 
     def _read(self, file: Path, name: str) -> list[tuple[Tensor, Tensor]]:
         """Pairs of an adapter's own tensors and what is to be copied into them."""
-        tensors, alpha = adapter_files.read_lora(file)
+        tensors, alpha, editinfinity = adapter_files.read_lora(file)
         stored = adapter_files.recorded_adapter(file, name)
         parts = {module: {k: p.data for k, p in part.items()} for module, part in self._parts(name).items()}
         spec = self.specs[name]
         specs.check_experts(file, tensors, stored, spec, name)
         own = self._published(name, parts.pop(""))
+        tensors = adapter_files.unflattened(file, tensors, own)
         pending = adapter_files.fit(file, f"adapter {name!r}", tensors, own)
         if alpha is None:
-            alpha = adapter_files.recorded_alpha(file, default=float(spec.rank))
+            silent = spec.scaled if editinfinity else float(spec.rank)
+            alpha = adapter_files.recorded_alpha(file, default=silent)
         if not math.isclose(alpha, spec.scaled):
             raise UserError(
                 f"{file} was trained with alpha {alpha:g}, adapter {name!r} has {spec.scaled:g}; set alpha={alpha:g}"

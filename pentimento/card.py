@@ -5,26 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .adapters import ExpertLoRA
 from .method import Method
 from .recipe import Recipe
 
-FLUX_LICENCE = (
-    "The base model's weights are under the FLUX.1 [dev] Non-Commercial License; this adapter is a derivative of them and"
-    " under the same licence (https://huggingface.co/{weights}/blob/main/LICENSE.md)."
-)
-POCKET_LICENCE = "The base model is one of pentimento's pocket models (Apache-2.0); the adapter works with that model only."
 EDIT = 'pentimento edit RUN picture.png --instruction "..."'
 SLIDER = 'pentimento edit RUN --prompt "..." --scale 0,0.5,1'
-STOCK = 'In stock diffusers, `pipe.load_lora_weights("{folder}")` loads it.'
-STOCK_EXPERTS = (
-    "It has experts, which stock diffusers and ComfyUI do not know;"
-    " `pentimento export RUN --to lora --out FILE` makes a plain LoRA of it for them."
-)
-UNKNOWN_LICENCE = (
-    "The base model's licence holds for this adapter too. If the weights are FLUX.1 [dev] or FLUX.1 Fill [dev], that is the"
-    " FLUX.1 [dev] Non-Commercial License."
-)
 
 
 def write(recipe: Recipe, method: Method) -> str:
@@ -43,8 +28,8 @@ def write(recipe: Recipe, method: Method) -> str:
 
 An adapter for picture editing, trained with pentimento {__version__} by the method `{recipe.method}`.
 
-**Base model and licence.** {base.get("family", "")} {base.get("variant", "")}, weights `{base.get("weights", "")}`{_packed(base)}.
-{_licence(recipe.backbone.weights)}
+**Base model and licence.** {_named(base)}, weights `{base.get("weights", "")}`{_packed(base)}.
+{recipe.backbone.about().licence}
 
 ## Use
 
@@ -60,7 +45,7 @@ import pentimento
 result = pentimento.load("RUN").edit({given})
 ```
 
-with this folder as `RUN`. {_stock(method)} {method.usage()}
+with this folder as `RUN`. {_elsewhere(method)} {method.usage()}
 
 ## Training
 
@@ -78,30 +63,19 @@ Data: `{Path(recipe.data.root).name}`, seed {recipe.seed}. The whole recipe is i
 
 def _front_matter(recipe: Recipe) -> str:
     """What model hubs read."""
-    lines = ["library_name: diffusers", "tags: [image-to-image, image-editing, lora, pentimento]"]
-    if recipe.backbone.weights.startswith("black-forest-labs/"):
-        lines += [
-            f"base_model: {recipe.backbone.weights}",
-            "license: other",
-            "license_name: flux-1-dev-non-commercial-license",
-            f"license_link: https://huggingface.co/{recipe.backbone.weights}/blob/main/LICENSE.md",
-        ]
-    return "\n".join(["---", *lines, "---"])
+    tags = "tags: [image-to-image, image-editing, lora, pentimento]"
+    return "\n".join(["---", tags, *recipe.backbone.about().front, "---"])
 
 
-def _stock(method: Method) -> str:
+def _elsewhere(method: Method) -> str:
+    """Which other programs load the weights."""
     specs = method.adapters.specs
-    if any(isinstance(spec, ExpertLoRA) for spec in specs.values()):
-        return STOCK_EXPERTS
-    return STOCK.format(folder="RUN/weights" + (f"/{method.main}" if len(specs) > 1 else ""))
+    spec = specs.get(method.main) or next(iter(specs.values()))
+    return spec.elsewhere.format(folder="RUN/weights" + (f"/{method.main}" if len(specs) > 1 else ""))
 
 
-def _licence(weights: str) -> str:
-    if weights == "pocket":
-        return POCKET_LICENCE
-    return (
-        FLUX_LICENCE.format(weights=weights) if weights.startswith("black-forest-labs/") else UNKNOWN_LICENCE
-    )
+def _named(base: Mapping[str, Any]) -> str:
+    return " ".join(str(base[key]) for key in ("family", "variant") if key in base)
 
 
 def _packed(base: Mapping[str, Any]) -> str:

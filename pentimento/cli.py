@@ -259,10 +259,16 @@ def inspect(
 ) -> None:
     """Say what an adapter file is.
 
-    Method, base model, rank, alpha, keys, metadata, and whether it loads (if not, exit code 1).
+    Method, base model, rank, alpha, keys, metadata, and whether it loads (if not, exit code 1). Of a folder of
+    each_scale_code_*.pt: what codes it holds.
     """
     from . import calibration, inspection
+    from .infinity import authored, pyramids
 
+    if file.is_dir() and pyramids.found(file) and not authored.files_of(file):
+        for name, value in pyramids.report(file):
+            print(f"{name:<12}{value}")
+        return
     adapter = inspection.inspect_file(file)
     for name, value in [*inspection.report(adapter), *calibration.report(adapter)]:
         print(f"{name:<12}{value}")
@@ -316,19 +322,25 @@ def calibrate(
 @app.command()
 def export(
     what: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder; an adapter file unless --to lora.")
+        Path,
+        typer.Argument(metavar="RUN", help="A run folder; an adapter file; for editinfinity also a picture."),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For lora: rank, steps, lr, batch_size.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="For lora: rank, steps, lr, batch_size. Of the recipe: backbone.weights, ...",
+        ),
     ] = None,
     *,
-    to: Annotated[str, typer.Option(help="diffusers, comfyui, pairedit (.pt), or lora: experts made plain.")],
+    to: Annotated[str, typer.Option(help="diffusers, comfyui, pairedit, editinfinity, or lora.")],
     out: Annotated[Path, typer.Option(help="The file, or a folder for it.")],
 ) -> None:
     """Write an adapter for other programs.
 
     The file is read back by stock diffusers and compared. An adapter with experts is made a plain LoRA by --to lora,
-    which says what is lost.
+    which says what is lost. pairedit and editinfinity are the files of these methods' own scripts; of a picture
+    editinfinity writes what they train on (config.source_prompt="...").
     """
     from . import export as exporting
 

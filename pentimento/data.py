@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from . import images, parquet
 from .errors import UserError, counted
-from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_picture, scan_side_by_side
+from .layouts import Found, listed, scan_jsonl, scan_pairs, scan_picture, scan_side_by_side, scan_splits
 from .method import Example
 
 ASPECT_TOLERANCE = 1.02  # a target 2 % wider than its source is a crop, not rounding
@@ -26,6 +26,7 @@ SCANS: Mapping[str, Callable[[Path], tuple[list[Found], str]]] = {
     "side_by_side": scan_side_by_side,
     "jsonl": scan_jsonl,
     "picture": scan_picture,
+    "infinity": scan_splits,
 }
 """Kinds whose pictures are files of their own."""
 USED_BY = {
@@ -45,16 +46,17 @@ class DataConfig:
 
     root: str = ""
     """Folder of the data set; for ``jsonl`` the file, or a folder that holds one such file."""
-    kind: Literal["pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit", "picture", "none"] = (
-        "pairs"
-    )
+    kind: Literal[
+        "pairs", "side_by_side", "jsonl", "magicbrush", "omniedit", "icedit", "picture", "infinity", "none"
+    ] = "pairs"
     """``pairs``: folders source/ and target/ (or train_A/ and train_B/, or control/ and target/), files matched by stem.
     ``side_by_side``: one folder of double-wide pictures, left before, right after. ``jsonl``: one JSON object per line with
     the fields source, target, prompt, mask (paths relative to the file; the names of other trainers are understood).
     For the first two, prompts lie in prompts/STEM.txt, train_prompts.json, or STEM.txt beside the target, and masks in
     masks/. ``magicbrush``, ``omniedit``: Parquet shards of these public sets (``pentimento download``), in root or its
     folder data/; ``icedit``: the former in root/magicbrush, then the latter in root/omniedit. ``picture``: root is one picture
-    file, for methods that learn one by heart. ``none``: no pictures, for methods that learn from words."""
+    file, for methods that learn one by heart; ``infinity``: captioned pictures of a JSONL file of Infinity's, such as EditInfinity's
+    splits (root: the file, its folder, or the case). ``none``: no pictures, for methods that learn from words."""
     match: Literal["stem", "position"] = "stem"
     """``pairs``: what makes two files a pair: stem, the same name but for its ending; position, their place in the order of
     names."""
@@ -168,6 +170,8 @@ class Row:
     """``(width, height)`` of the source, upright; the target has the same aspect but may have another size."""
     mask: Path | None = None
     mask_white: Literal["change", "keep"] = "change"
+    more_prompts: tuple[str, ...] = ()
+    """Further ones, of which one is drawn for each step."""
     side_by_side: bool = False
     """``source`` and ``target`` are one file, of which they are the left and right half."""
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -175,8 +179,8 @@ class Row:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The one prompt."""
-        return (self.prompt,)
+        """The one prompt, or all that it has."""
+        return (self.prompt, *self.more_prompts)
 
     def load(self) -> Example:
         """Decode the pictures, each in its own size; raises ``UserError`` naming a file that cannot be."""
@@ -310,6 +314,7 @@ def _row(one: Found, config: DataConfig) -> Row:
         target=one.target,
         prompt=one.prompt or config.prompt or "",
         size=(width, height),
+        more_prompts=one.more_prompts,
         mask=one.mask,
         mask_white=config.mask_white,
         side_by_side=one.side_by_side,

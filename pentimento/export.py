@@ -23,7 +23,7 @@ from .errors import UserError
 from .schema import Origin
 from .specs import ExpertLoRA, LoRA
 
-TARGETS = ("diffusers", "comfyui", "lora", "pairedit")
+TARGETS = ("diffusers", "comfyui", "lora", "pairedit", "editinfinity")
 PROOF = "proof"
 PAIREDIT_NAME = "semantic.pt"
 COMFYUI = re.compile(
@@ -52,16 +52,21 @@ def export(what: str | Path, to: str, out: str | Path, overrides: Sequence[str] 
 
     Args:
         what: a run folder; for diffusers and comfyui also an adapter file.
-        to: ``diffusers``, ``comfyui``, ``pairedit`` (the ``.pt`` of PairEdit's own scripts), or ``lora`` (a plain LoRA of one with
-            experts).
-        out: a ``.safetensors`` file (for pairedit a ``.pt`` file), or a folder for one of the usual name.
-        overrides: changes of the recipe such as ``backbone.weights=...``, and for lora the fields of ``Distillation``.
+        to: ``diffusers``, ``comfyui``, ``pairedit`` (the ``.pt`` of PairEdit's own scripts), ``lora`` (a plain LoRA of one with
+            experts), or ``editinfinity`` (a case of EditInfinity's scripts, of a run or of a picture, see ``handover``).
+        out: a ``.safetensors`` file (for pairedit a ``.pt`` file), or a folder for one of the usual name; for editinfinity a folder.
+        overrides: changes of the recipe such as ``backbone.weights=...``, for lora the fields of ``Distillation``, and for
+            editinfinity those of ``handover.Entries``.
 
     Raises:
         UserError: nothing there, something there that ``to`` cannot express, a file in the way, or a proof that failed.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to!r}: known are {', '.join(TARGETS)}")
+    if to == "editinfinity":
+        from . import handover
+
+        return handover.export(Path(what), Path(out), overrides)
     path, file = (
         Path(what),
         target_file(Path(out), PAIREDIT_NAME if to == "pairedit" else inspection.WEIGHTS_NAME),

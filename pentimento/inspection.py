@@ -12,6 +12,7 @@ import torch
 
 from . import stored
 from .errors import UserError, counted
+from .infinity import authored
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
@@ -38,7 +39,8 @@ DIALECTS = (
 )
 PAIREDIT = "PairEdit and Concept Sliders"
 PAIREDIT_RANK = 16
-READ = ("diffusers", "without a prefix", PAIREDIT, "kohya (OneTrainer)")
+EDITINFINITY = "EditInfinity"
+READ = ("diffusers", "without a prefix", PAIREDIT, "kohya (OneTrainer)", EDITINFINITY)
 """Dialects that are loaded."""
 READ_KEY = "transformer.MODULE.lora_A.weight"
 
@@ -73,6 +75,10 @@ class Adapter:
     """This package's own record; empty for files of others."""
     problems: tuple[str, ...] = ()
     """Why it cannot be used; empty if it can."""
+    rows: tuple[int, int] | None = None
+    """Of learnt rows, which are no LoRA: how many are not zero, and their width."""
+    flat: tuple[int, ...] = ()
+    """Numbers in the A of layers whose factors are flat, so that their rank is not known."""
 
 
 def find(what: str | Path) -> Path:
@@ -89,6 +95,8 @@ def find(what: str | Path) -> Path:
     for folder in (path, path / "weights", path / MAIN, path / "weights" / MAIN):
         if (folder / WEIGHTS_NAME).is_file():
             return folder / WEIGHTS_NAME
+    if theirs := authored.files_of(path):
+        return theirs.get(authored.LORA) or theirs[authored.ROWS]
     files = sorted(path.rglob("*.safetensors"))
     if len(files) == 1:
         return files[0]
@@ -107,6 +115,8 @@ def inspect_file(what: str | Path) -> Adapter:
     path = find(what)
     metadata = stored.read_metadata(path)
     tensors = stored.read_tensors(path)
+    if list(tensors) == [stored.ROWS]:
+        return _learnt_rows(path, tensors[stored.ROWS])
     own_names = list(tensors)
     tensors = stored.in_diffusers_names(tensors)
     shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
@@ -123,9 +133,13 @@ def inspect_file(what: str | Path) -> Adapter:
     }
     experts = experts_of(shapes)
     inner = _expert_ranks(shapes, experts, problems)
-    pairs, full = _pairs({key: shape for key, shape in shapes.items() if not _of_experts(key)}, problems)
-    if not pairs and not experts:
+    theirs = stored.is_editinfinity(own_names)
+    flat = {key: shape for key, shape in shapes.items() if theirs and len(shape) == 1}
+    plain = {key: shape for key, shape in shapes.items() if key not in flat and not _of_experts(key)}
+    pairs, full = _pairs(plain, problems)
+    if not pairs and not experts and not flat:
         problems.append("it holds no LoRA factors")
+    modules = [*pairs, *experts, *(key.partition(".lora_A")[0] for key in flat if ".lora_A" in key)]
     ours = own_record(path, metadata)
     dialect = _dialect(shapes, [*pairs, *experts]) if list(tensors) == own_names else _translated(own_names)
     problems += _unread(shapes, dialect, full if pairs or experts else [])
@@ -137,16 +151,33 @@ def inspect_file(what: str | Path) -> Adapter:
         base=_base(ours, metadata, shapes),
         ranks=dict(sorted(Counter(pairs.values()).items())),
         alphas=dict(sorted(_alphas(scalars, metadata, pairs).items())),
+        flat=tuple(sorted({shape[0] for key, shape in flat.items() if ".lora_A." in key})),
         experts=dict(sorted(Counter(experts.values()).items())),
         expert_ranks=dict(sorted(Counter(inner.values()).items())),
         tensors=len(shapes),
         parameters=sum(torch.Size(s).numel() for s in shapes.values()),
         dtypes=dict(dtypes),
-        kinds=dict(Counter(re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", module) for module in [*pairs, *experts])),
+        kinds=dict(Counter(re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", module) for module in modules)),
         full=tuple(full),
         metadata=metadata,
         ours=ours,
         problems=tuple(problems),
+    )
+
+
+def _learnt_rows(path: Path, value: torch.Tensor) -> Adapter:
+    """What EditInfinity's scripts learn before the LoRA."""
+    problem = authored.row_problem(value)
+    used = 0 if problem else int(value.float().flatten(0, -2).any(1).sum())
+    return Adapter(
+        path=path,
+        dialect=EDITINFINITY,
+        base="not said",
+        tensors=1,
+        parameters=value.numel(),
+        dtypes={str(value.dtype).removeprefix("torch."): 1},
+        problems=(problem,) if problem else (),
+        rows=(used, value.shape[-1]) if value.dim() else (0, 0),
     )
 
 
@@ -243,7 +274,9 @@ def silent_on_alpha(path: Path) -> bool:
 
 
 def _translated(own_names: Sequence[str]) -> str:
-    """The dialect of a file whose names are known to mean diffusers' layers."""
+    """The dialect of a file whose names are known to mean diffusers' layers, or Infinity's."""
+    if stored.is_editinfinity(own_names):
+        return EDITINFINITY
     return PAIREDIT if own_names[0].startswith(stored.PAIREDIT) else "kohya (OneTrainer)"
 
 
@@ -270,6 +303,8 @@ def _base(ours: Mapping[str, Any], metadata: Mapping[str, str], shapes: Mapping[
         if metadata.get(key):
             return metadata[key]
     names = " ".join(shapes)
+    if "block_chunks." in names:
+        return "Infinity by the names of its layers"
     if re.search(r"single_transformer_blocks|single_blocks", names):
         wide = any(3072 in shape for shape in shapes.values())
         return "FLUX.1 by the names of its layers" + (
@@ -307,12 +342,17 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
         ("method", adapter.method or "not said; name one with method=... to edit with it"),
         ("base model", adapter.base),
         ("format", adapter.dialect),
-        ("rank", _tally(adapter.ranks) or "none"),
+        ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
+    ]
+    if adapter.rows is not None:
+        count, width = adapter.rows
+        return [*lines, ("rows", f"{count} learnt, of width {width:,}, to follow a caption; no LoRA")]
+    lines[-1:-1] = [
+        ("rank", _tally(adapter.ranks) or _flat(adapter) or "none"),
         ("alpha", _tally(adapter.alphas) or _no_alpha(adapter)),
         *_expert_lines(adapter),
-        ("tensors", f"{adapter.tensors} ({types}), {adapter.parameters:,} parameters"),
-        ("full", full if adapter.full else f"none: {kind} only"),
     ]
+    lines.append(("full", full if adapter.full else f"none: {kind} only"))
     lines += [("layers", f"{count:>4} x {kind}") for kind, count in adapter.kinds.items()]
     for key, value in adapter.metadata.items():
         if key not in ("format", "pentimento"):
@@ -324,7 +364,19 @@ def report(adapter: Adapter) -> list[tuple[str, str]]:
     return lines
 
 
+def _flat(adapter: Adapter) -> str:
+    """What is known of the rank of flat factors."""
+    if not adapter.flat:
+        return ""
+    sizes = " and ".join(f"{size:,}" for size in adapter.flat)
+    return (
+        f"not said: the factors are flat, as several GPUs leave them, A of {sizes} numbers: rank times inputs"
+    )
+
+
 def _no_alpha(adapter: Adapter) -> str:
+    if adapter.dialect == EDITINFINITY:
+        return f"not said; {authored.ALPHA:g} in all of EditInfinity's scripts"
     said = "not said; readers take alpha = rank"
     if list(adapter.ranks) == [PAIREDIT_RANK] and all(".attn." in kind for kind in adapter.kinds):
         said += ". PairEdit's weights are right at 1/16 of that: `pentimento edit` tells by their size whether it was forgotten"

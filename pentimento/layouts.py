@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,6 +36,9 @@ TARGET_FIELDS = ("target", "image_path", "image", "output", "target_img", "edite
 PROMPT_FIELDS = ("prompt", "instruction", "caption", "edit_prompt")
 MASK_FIELDS = ("mask", "mask_path", "mask_image")
 KEY_FIELDS = ("key", "id")
+# Infinity's training data, as EditInfinity writes them: captions are drawn from in turn, and the ratio is told by the picture.
+CAPTION_FIELDS = ("long_caption", "text")
+TOLD_FIELDS = ("h_div_w", "long_caption_type", "short_caption_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class Found:
     source: Path
     target: Path
     prompt: str = ""
+    more_prompts: tuple[str, ...] = ()
+    """Further ones of the same pair."""
     mask: Path | None = None
     side_by_side: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
@@ -314,24 +319,50 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def scan_splits(root: Path) -> tuple[list[Found], str]:
+    """Captioned pictures of a JSONL file of Infinity's training data, each its own target; equal lines are one.
+
+    ``root`` is the file, its folder, or the folder of an EditInfinity case.
+    """
+    folder = root / "splits"
+    path = _jsonl_file(folder if folder.is_dir() else root)
+    rows: dict[str, int] = {}
+    for number, line in _lines(path):
+        rows.setdefault(line, number)
+    found = _rows(path, ((number, line) for line, number in rows.items()), _splits_row)
+    return found, f"the fields {' and '.join(CAPTION_FIELDS)} of {path}"
+
+
 def scan_jsonl(root: Path) -> tuple[list[Found], str]:
     """The pairs of a JSONL file, in the order of its lines, and where their prompts are looked for."""
     path = _jsonl_file(root)
-    found, problems = [], []
+    return _rows(path, _lines(path), _jsonl_row), f"the fields {', '.join(PROMPT_FIELDS)} of {path}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a JSONL file that hold something, and their numbers."""
     # Not splitlines(): JSON texts may hold U+2028, which is no end of a line.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            try:
-                found.append((number, _jsonl_row(line, path.parent)))
-            except UserError as error:
-                problems.append(f"line {number}: {error}")
+            yield number, line
+
+
+def _rows(
+    path: Path, lines: Iterable[tuple[int, str]], read: Callable[[dict[str, Any], Path], Found]
+) -> list[Found]:
+    found, problems = [], []
+    for number, line in lines:
+        try:
+            found.append((number, read(_object(line), path.parent)))
+        except UserError as error:
+            problems.append(f"line {number}: {error}")
     if problems:
         raise UserError(f"{path}: {counted(len(problems), 'line')} cannot be used:{listed(problems)}")
     if not found:
         raise UserError(
             f'{path}: holds no pairs; expected lines like {{"source": "...", "target": "...", "prompt": "..."}}'
         )
-    return _with_unique_keys(found, path), f"the fields {', '.join(PROMPT_FIELDS)} of {path}"
+    return _with_unique_keys(found, path)
 
 
 def _jsonl_file(root: Path) -> Path:
@@ -350,14 +381,29 @@ def _jsonl_file(root: Path) -> Path:
     return files[0]
 
 
-def _jsonl_row(line: str, folder: Path) -> Found:
+def _object(line: str) -> dict[str, Any]:
+    """A line's fields, without those that are null."""
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"is not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(values, dict):
         raise UserError("is not a JSON object; one object per line is expected, not an array")
-    values = {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _splits_row(values: dict[str, Any], folder: Path) -> Found:
+    name = _take(values, ("image_path",))
+    if not name:
+        raise UserError("has no image_path, which must name the picture")
+    prompts = [text.strip() for field in CAPTION_FIELDS if (text := _take(values, (field,))).strip()]
+    prompt, *more = dict.fromkeys(prompts) or [""]
+    picture = _existing(folder, name)
+    kept = {name: value for name, value in values.items() if name not in TOLD_FIELDS}
+    return Found(key="", source=picture, target=picture, prompt=prompt, more_prompts=tuple(more), extra=kept)
+
+
+def _jsonl_row(values: dict[str, Any], folder: Path) -> Found:
     source, target = _take(values, SOURCE_FIELDS), _take(values, TARGET_FIELDS)
     prompt, mask = _take(values, PROMPT_FIELDS), _take(values, MASK_FIELDS)
     key = _take(values, KEY_FIELDS)

@@ -1,5 +1,6 @@
 """A trained edit on disk, before any weights are loaded: a run folder, a step of it, or an adapter file, and what it says."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from . import adapters, checkpoint, inspection, runfolder, schema, stored
 from . import recipe as recipe_
 from .errors import UserError
-from .method import Method
+from .method import Method, Theirs
 from .recipe import Recipe, Setup
 from .recipes import shipped
 from .schema import Origin
@@ -30,6 +31,8 @@ class Found:
     default: str | None
     """The run's own prompt."""
     notes: tuple[str, ...]
+    theirs: Theirs | None = None
+    """Where the scripts of the method's authors saved it in another form than one LoRA."""
 
     @property
     def method(self) -> type[Method]:
@@ -45,6 +48,8 @@ class Found:
 def find(what: str | Path, *, at: int | None = None, overrides: Sequence[str] = ()) -> Found:
     """What ``run.load`` would load, without loading it; arguments and errors are its own."""
     path = Path(what)
+    if theirs := _theirs(path, at, overrides):
+        return _found_theirs(theirs, overrides)
     place = place_of(path, at)
     record, default, origin = record_of(place), None, place
     notes: tuple[str, ...] = ()
@@ -70,6 +75,40 @@ def find(what: str | Path, *, at: int | None = None, overrides: Sequence[str] = 
     return found
 
 
+def _theirs(path: Path, at: int | None, overrides: Sequence[str]) -> Theirs | None:
+    """What the authors of the named method left at a path."""
+    named = _named_methods(overrides)
+    if not named or not path.exists() or (path / runfolder.RECIPE).is_file():
+        return None
+    return recipe_.method_class(named[-1]).theirs(path, at)
+
+
+def _found_theirs(theirs: Theirs, overrides: Sequence[str]) -> Found:
+    place = next(iter(theirs.files.values()))
+    raw: dict[str, Any] = {"method": _named_methods(overrides)[-1]}
+    raw |= {"backbone": dict(theirs.backbone), "config": copy.deepcopy(dict(theirs.config))}
+    setup = recipe_.build_setup(raw, recipe_.override(raw, Origin(name=str(place)), overrides))
+    return Found(setup=setup, place=place, record={}, default=None, notes=(theirs.note,), theirs=theirs)
+
+
+def begin(method: Method, init: Path) -> None:
+    """Start a training from an adapter: ours, one of others, or all that the scripts of the method's authors save.
+
+    Raises:
+        UserError: it does not fit, or a part is missing.
+    """
+    theirs = method.theirs(init)
+    if theirs is None:
+        method.adapters.load(init)
+        return
+    if missing := {*method.adapters.specs, *method.adapters.tensors} - theirs.files.keys():
+        raise UserError(
+            f"--init {init}: of {', '.join(sorted(theirs.files))} only; {', '.join(sorted(missing))} is missing: name the folder"
+            " of both, or leave it out (no learnt rows: config.rows=0 stages.prompt=null)"
+        )
+    method.take(theirs)
+
+
 def check_instruction(what: str | Path, at: int | None = None, overrides: Sequence[str] = ()) -> None:
     """Check, without loading any weights, that an edit may go without an instruction; arguments as for ``find``.
 
@@ -77,7 +116,7 @@ def check_instruction(what: str | Path, at: int | None = None, overrides: Sequen
         UserError: it may not, or what ``find`` raises for what is no run and no adapter.
     """
     # Of files of others nothing is known, and `load` says first what else is missing.
-    known = record_of(place_of(Path(what), at))
+    known = _theirs(Path(what), at, overrides) or record_of(place_of(Path(what), at))
     if known and find(what, at=at, overrides=overrides).prompt is None:
         raise UserError(f"{what}: {NO_INSTRUCTION}")
 

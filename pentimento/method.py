@@ -57,6 +57,18 @@ class EditSettings:
             raise UserError(f"seed must lie between 0 and {LARGEST_SEED}, but it is {self.seed}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Theirs:
+    """Weights of an edit as the scripts of a method's authors save them, and what these settle of a recipe."""
+
+    files: Mapping[str, Path]
+    """By the adapters and tensors that they go into."""
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """What a person should know of them."""
+
+
 class Probe(Protocol):
     """How a slider is measured; latents are ``(B, ...)`` of any shape."""
 
@@ -99,6 +111,20 @@ class Method(ABC):
     def outline(cls, backbone: Any, config: Any) -> "Method | None":
         """The same without weights, to count and to preview; ``None`` where the model's configuration is not at hand."""
         return None
+
+    @classmethod
+    def theirs(cls, place: Path, at: int | None = None) -> Theirs | None:
+        """What the scripts of the method's authors saved at a place, for those that do not save one LoRA; ``None``: nothing.
+
+        ``at``: after so many of their iterations. Raises ``UserError`` where they saved none then.
+        """
+        return None
+
+    def take(self, theirs: Theirs) -> None:
+        """Load what ``theirs`` found into the adapters; raises ``UserError`` where it does not fit."""
+        raise UserError(
+            f"{', '.join(map(str, theirs.files.values()))}: {type(self).__name__} takes LoRA files only"
+        )
 
     @abstractmethod
     def size(self, width: int, height: int) -> tuple[int, int]:

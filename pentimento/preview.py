@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import data, images, progress, tracking, train
+from . import data, images, lookup, progress, tracking, train
 from .errors import UserError, counted
 from .method import Method
 from .recipe import Recipe, method_class
@@ -90,7 +90,7 @@ def check_start(recipe: Recipe, init: Path) -> None:
     """
     method = outline(recipe)
     if method is not None:
-        method.adapters.load(init)
+        lookup.begin(method, init)
 
 
 def trainable(method: Method, recipe: Recipe) -> dict[str, int]:

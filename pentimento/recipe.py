@@ -128,6 +128,8 @@ class Recipe:
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by the name of a shipped one, or from a YAML file or a run folder, with ``a.b.c=value`` overrides.
 
+    ``stages.NAME=null`` leaves a stage out.
+
     Raises:
         UserError: no such recipe, broken YAML, an unknown key, a value of another type, an impossible combination.
     """
@@ -245,6 +247,10 @@ def override(raw: dict[str, Any], origin: Origin, overrides: Sequence[str]) -> O
         if not equals or not all(keys):
             raise UserError(f"override {text!r}: write it as key=value, such as stages.edit.steps=200")
         inner = _descend(raw, keys, text)
+        if keys[:-1] == ("stages",) and value == "null":
+            _known_stage(inner, keys[-1], text)
+            del inner[keys[-1]]
+            continue
         plain_text = value not in ("", "null") and value[:1] not in ("'", '"') and _wants_text(raw, keys)
         inner[keys[-1]] = value if plain_text else schema.parse_value(value)
         written[keys] = text
@@ -257,11 +263,7 @@ def _descend(raw: dict[str, Any], keys: Keys, text: str) -> dict[str, Any]:
     for depth, key in enumerate(keys[:-1], 1):
         if inner.get(key) is None:
             if keys[: depth - 1] == ("stages",):
-                near = schema.nearest(key, list(inner))
-                meant = f" Did you mean {near}?" if near else ""
-                raise UserError(
-                    f"override {text}: there is no stage {key!r}.{meant} Stages: {', '.join(inner)}"
-                )
+                _known_stage(inner, key, text)
             inner[key] = {}
         if not isinstance(inner[key], dict):
             section = ".".join(keys[:depth])
@@ -270,6 +272,13 @@ def _descend(raw: dict[str, Any], keys: Keys, text: str) -> dict[str, Any]:
             )
         inner = inner[key]
     return inner
+
+
+def _known_stage(stages: Mapping[str, Any], name: str, text: str) -> None:
+    if stages.get(name) is None:
+        near = schema.nearest(name, list(stages))
+        meant = f" Did you mean {near}?" if near else ""
+        raise UserError(f"override {text}: there is no stage {name!r}.{meant} Stages: {', '.join(stages)}")
 
 
 def _wants_text(raw: Mapping[str, Any], keys: Keys) -> bool:

@@ -110,7 +110,7 @@ def _train(
     train.check_loaded(method, recipe.stages, precision_of(method))
     method.adapters.reset(recipe.seed)
     if init is not None or (out / START).exists():
-        method.adapters.load(out / START if init is None else init)
+        lookup.begin(method, out / START if init is None else Path(init))
     dropout, workers = recipe.data.caption_dropout, recipe.data.workers
     cache: dict[str, Any] = {"cache": recipe.data.cache, "folder": out / CACHE}
     samples = Samples(rows, method, caption_dropout=dropout, workers=workers, **cache)
@@ -376,6 +376,9 @@ def _further(place: Path, scale: float, raw: bool) -> tuple[Path, float]:
 
 def _fill(method: Method, found: lookup.Found) -> None:
     """Load the weights; a lone file is the main adapter, the only one that an edit needs."""
+    if found.theirs is not None:
+        method.take(found.theirs)
+        return
     lone = found.place.is_file() and len(method.adapters.specs) > 1
     method.adapters.load(found.place, method.main if lone else None)
 

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from . import adapter_files, inspection
 from .errors import UserError
+from .infinity import authored
 
 Gate = Literal["topk-softmax", "softmax-topk"]
 
@@ -20,6 +21,8 @@ Gate = Literal["topk-softmax", "softmax-topk"]
 class LoRA:
     """Low-rank layers, and modules trained whole."""
 
+    # Which other programs load the file, for the model card; ``folder`` is where it lies.
+    elsewhere: ClassVar[str] = 'In stock diffusers, `pipe.load_lora_weights("{folder}")` loads it.'
     targets: str | tuple[str, ...]
     """Which linear layers get one: names or ends of names, or one regular expression over whole names."""
     rank: int = 16
@@ -30,6 +33,8 @@ class LoRA:
     """How A starts (B is zero): gaussian, N(0, 1/rank^2), as in diffusers' scripts; default, peft's Kaiming uniform; kaiming,
     uniform between -sqrt(3/inputs) and +sqrt(3/inputs), as in PairEdit. orthogonal: A as kaiming, B random orthonormal columns
     that are never trained, as Concept Sliders does for all but its method "full"."""
+    dropout: float = 0.0
+    """Share of a layer's inputs that the low-rank update does not see in a step of training, drawn anew for each."""
     full: tuple[str, ...] = ()
     """Small modules trained whole beside the low-rank ones, such as x_embedder; saved in a file of their own."""
 
@@ -38,6 +43,8 @@ class LoRA:
             raise ValueError(f"rank must be at least 1, but it is {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0 or null, but it is {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, but it is {self.dropout}")
         if not self.targets:
             raise ValueError("targets is empty; name the layers that get a LoRA")
 
@@ -51,6 +58,10 @@ class LoRA:
 class ExpertLoRA(LoRA):
     """A LoRA that has several experts and a router on some of its layers, as ICEdit's (arXiv:2504.20690)."""
 
+    elsewhere: ClassVar[str] = (
+        "It has experts, which stock diffusers and ComfyUI do not know;"
+        " `pentimento export RUN --to lora --out FILE` makes a plain LoRA of it for them."
+    )
     expert_targets: str = r".*(ff\.net|proj_out).*"
     """Which of the targets get experts instead of one LoRA: a regular expression over whole names."""
     experts: int = 4
@@ -67,6 +78,8 @@ class ExpertLoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dropout:
+            raise ValueError("dropout has no part in layers with experts; leave it out")
         for name, least in (("experts", 2), ("expert_rank", 1), ("top_k", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {getattr(self, name)}")
@@ -90,14 +103,19 @@ def spec_of(path: Path | str) -> LoRA:
         UserError: no LoRA that can be read here, or one of mixed ranks.
     """
     file = Path(path)
-    tensors, alpha = adapter_files.read_lora(file)
+    tensors, alpha, editinfinity = adapter_files.read_lora(file)
     ranks = {key: value.shape[1] for key, value in tensors.items() if ".lora_B." in key and value.dim() > 1}
     experts = inspection.experts_of(tensors)
     inner = {key: rank for key, rank in ranks.items() if inspection.EXPERT.match(key)}
     plain = {key: rank for key, rank in ranks.items() if key.endswith(".lora_B.weight")}
+    if editinfinity and not plain:
+        raise UserError(
+            f"{file}: its factors are flat, as EditInfinity's scripts leave them on several GPUs; only the model tells their rank,"
+            " so that it is loaded with method=editinfinity only"
+        )
     rank = _only(file, "ranks", plain or inner)
     if alpha is None:
-        alpha = adapter_files.recorded_alpha(file, default=float(rank))
+        alpha = adapter_files.recorded_alpha(file, default=authored.ALPHA if editinfinity else float(rank))
     recorded = adapter_files.recorded_adapter(file)
     layers = [key.removesuffix(".lora_B.weight") for key in plain] + list(experts)
     full = tuple(recorded.get("full", []))

@@ -1,13 +1,14 @@
-"""Adapter files on disk: safetensors, and the pickled ``.pt`` files of PairEdit and Concept Sliders, read without running code.
+"""Adapter files on disk: safetensors, and the pickled files of PairEdit, Concept Sliders and EditInfinity, read without running code.
 
-Those name a layer ``lora_unet_transformer_blocks_0_attn_to_out_0`` and hold ``alpha``, ``lora_down.weight`` and
+PairEdit's name a layer ``lora_unet_transformer_blocks_0_attn_to_out_0`` and hold ``alpha``, ``lora_down.weight`` and
 ``lora_up.weight`` of it; here and in diffusers it is ``transformer_blocks.0.attn.to_out.0`` with ``lora_A`` and ``lora_B``.
+EditInfinity's names of factors lack ``.weight``, and its learnt rows are one tensor without a name.
 """
 
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ PARTS = {"alpha": "alpha", "lora_down.weight": "lora_A.weight", "lora_up.weight"
 DIFFUSERS = re.compile(
     r"(?P<blocks>(?:single_)?transformer_blocks)\.(?P<number>\d+)\.attn\.(?P<leaf>to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 )
+
+EDITINFINITY = re.compile(r"(?P<layer>block_chunks\.\d+\.module\.\d+\.ffn\.fc[12])\.lora_(?P<factor>[AB])")
+ROWS = "rows"
+"""What a lone tensor is called here."""
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -83,20 +88,24 @@ def _unpickled(path: Path, data: bytes) -> dict[str, Tensor]:
             f"{path}: a pickled PyTorch file that is damaged, or holds more than tensors, which could run code when it is read;"
             " convert it to safetensors"
         ) from error
+    if isinstance(found, Tensor):
+        return {ROWS: found.data}
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):
         raise UserError(
-            f"{path}: a pickled PyTorch file that is no list of named tensors, so no LoRA as PairEdit saves it"
+            f"{path}: a pickled PyTorch file that is no list of named tensors, so no LoRA as PairEdit or EditInfinity saves it"
         )
     return found
 
 
 def in_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose names are PairEdit's, or OneTrainer's for the same layers, under diffusers'; others as they are.
+    """Tensors whose names are PairEdit's (OneTrainer's for the same layers) or EditInfinity's, under diffusers'; others as they are.
 
     A file of which only some names are known stays as it is, so that it is refused under its own names.
     """
+    if is_editinfinity(tensors):
+        return {f"transformer.{key}.weight": value for key, value in tensors.items()}
     matches = {key: LAYER.fullmatch(key) for key in tensors}
     if not all(matches.values()):
         return dict(tensors)
@@ -107,6 +116,12 @@ def in_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             layer = f"{match['blocks']}.{match['number']}.attn.{leaf}"
             renamed[f"transformer.{layer}.{PARTS[match['part']]}"] = tensors[key]
     return renamed
+
+
+def is_editinfinity(names: Iterable[str]) -> bool:
+    """Whether all names are those of a LoRA that EditInfinity's scripts saved."""
+    every = list(names)
+    return bool(every) and all(EDITINFINITY.fullmatch(name) for name in every)
 
 
 def pairedit_name(layer: str) -> str | None:
@@ -124,6 +139,11 @@ def pairedit_bytes(factors: Mapping[str, tuple[Tensor, Tensor]]) -> bytes:
         state[f"{name}.alpha"] = torch.ones((), dtype=torch.bfloat16)
         state[f"{name}.lora_down.weight"] = down.detach().cpu().bfloat16().contiguous()
         state[f"{name}.lora_up.weight"] = up.detach().cpu().bfloat16().contiguous()
+    return pickled(state)
+
+
+def pickled(content: Tensor | Mapping[str, Tensor]) -> bytes:
+    """What ``torch.save`` writes."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(content, buffer)
     return buffer.getvalue()

@@ -7,7 +7,6 @@ however they are divided among micro-steps and processes, and a resumed run is t
 """
 
 import contextlib
-import hashlib
 import math
 import random
 import time
@@ -28,6 +27,8 @@ from .checkpoint import Interrupted, Saved, Stop
 from .devices import NO_FP16, current, make_accelerator
 from .devices import Precision as Precision
 from .devices import processes as processes
+from .draws import Draws as Draws
+from .draws import derive as derive
 from .errors import UserError, counted
 from .method import Method
 from .optimizers import current_lr, follow, make_optimizer, make_schedule
@@ -178,44 +179,6 @@ class Report:
 Watch = Callable[[Report], None]
 
 
-class Draws:
-    """Random numbers of one micro-batch; row i comes from a generator seeded by its key alone.
-
-    Keys are (seed, stage, step, position in the step's batch). Drawn on the CPU, moved to ``device``.
-    """
-
-    def __init__(self, keys: Sequence[tuple[int | str, ...]], device: torch.device):
-        self.device = device
-        self.generators = [torch.Generator().manual_seed(derive(*key)) for key in keys]
-
-    def normal_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers of the shape and dtype of x (B, ...), drawn in float32."""
-        rows = [torch.randn(x.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(self.device, x.dtype)
-
-    def uniform_like(self, x: Tensor) -> Tensor:
-        """Float32 numbers in [0, 1) of the shape of x (B, ...)."""
-        rows = [torch.rand(x.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(self.device)
-
-    def uniform(self) -> Tensor:
-        """(B,) float32 in [0, 1)."""
-        return torch.stack([torch.rand((), generator=generator) for generator in self.generators]).to(
-            self.device
-        )
-
-    def twin(self) -> "Draws":
-        """Draws that go on with the same numbers: for a second prediction from the same noise."""
-        twin = Draws((), self.device)
-        twin.generators = [generator.clone_state() for generator in self.generators]
-        return twin
-
-
-def derive(*key: int | str) -> int:
-    """A seed of 63 bits from a key; keys that differ anywhere give unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-
-
 def train(
     method: Method, stages: Mapping[str, Stage], samples: "Samples", run: Run, watch: Watch | None = None
 ) -> None:
@@ -324,6 +287,7 @@ def backward(
         draws = Draws([(*step, position) for position in share(stage, micro, accelerator)], device)
         with torch.no_grad():
             batch = samples.batch(next(stream), draws)
+        method.adapters.drop(draws.seeds)
         losses = method.losses(batch, draws)
         while True:
             with accelerator.autocast():
@@ -335,6 +299,7 @@ def backward(
                 accelerator.backward(loss / stage.accumulate)
                 trained[key] = None
             means[key] = means.get(key, 0) + loss.detach().float() / stage.accumulate
+        method.adapters.drop(())
     if not trained:
         raise UserError(
             f"train: no loss of the method depends on {', '.join(stage.train)}; name what it trains"

@@ -80,6 +80,21 @@ def take(drawn: Tensor, free: Tensor, batch: int) -> Tensor:
     return torch.cat([x, pools.augment(y)]).contiguous(memory_format=torch.channels_last)
 
 
+class GlobalDraws:
+    """Numbers of torch's global generator for a batch of features, as ``RandomFlips`` asks for them."""
+
+    def __init__(self, features: Tensor):
+        self.features = features
+
+    def uniform(self) -> Tensor:
+        """(B,)"""
+        return torch.rand(len(self.features), device=self.features.device)
+
+    def uniform_like(self, x: Tensor) -> Tensor:
+        """Of the shape of x."""
+        return torch.rand(x.shape, device=self.features.device)
+
+
 def losses(
     tokenizer: Tokenizer, batch: Callable[[], Tensor], decoder_only: bool, compiled: bool
 ) -> Callable[[float], tuple[str, Tensor]]:
@@ -87,12 +102,12 @@ def losses(
     encode, decode = tokenizer.encoder, tokenizer.decoder
     if compiled:
         encode, decode = torch.compile(encode), torch.compile(decode)
-    flips = RandomFlips(WRONG) if decoder_only else None
 
     def loss_of(progress: float) -> tuple[str, Tensor]:
         x = batch()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             f = encode(x).float()
+            flips = RandomFlips(GlobalDraws(f), WRONG) if decoder_only else None
             with torch.no_grad():
                 *_, level = tokenizer.quantizer.levels(f.detach(), SCHEDULE, flips)
             y = decode(f + (level.total - f).detach()).float()

@@ -129,11 +129,11 @@ def dropped(net: InfinityTransformer, text: Text) -> Text:
 def losses(net: InfinityTransformer, world: World, batch: int) -> Callable[[float], tuple[str, Tensor]]:
     """The loss of a step: of every bit, scales weighted by their side."""
     weights = bsq.SCHEDULE.weights().to(world.features.device)
-    flips = RandomFlips(STRENGTH)
 
     def loss_of(progress: float) -> tuple[str, Tensor]:
         features, text = world.batch(batch)
         with torch.no_grad():
+            flips = RandomFlips(bsq.GlobalDraws(features), STRENGTH)
             levels = list(world.quantizer.levels(features, bsq.SCHEDULE, flips))
             inputs = world.quantizer.inputs([level.total for level in levels], bsq.SCHEDULE)
             bits = torch.cat([to_tokens(level.bits) for level in levels], 1)

@@ -8,6 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..licences import POCKET, BaseModel
+
+PUBLISHER = "black-forest-labs/"
+LICENCE = (
+    "The base model's weights are under the FLUX.1 [dev] Non-Commercial License; this adapter is a derivative of them and"
+    " under the same licence (https://huggingface.co/{weights}/blob/main/LICENSE.md)."
+)
+UNKNOWN = (
+    "The base model's licence holds for this adapter too. If the weights are FLUX.1 [dev] or FLUX.1 Fill [dev], that is the"
+    " FLUX.1 [dev] Non-Commercial License."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig:
@@ -41,6 +53,21 @@ class FluxConfig:
     pictures and prompts are encoded; then the transformer stays, and encoders take turns beside it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    def about(self) -> BaseModel:
+        """What a model card says of these weights."""
+        library = "library_name: diffusers"
+        if self.weights == "pocket":
+            return BaseModel(licence=POCKET, front=(library,))
+        if not self.weights.startswith(PUBLISHER):
+            return BaseModel(licence=UNKNOWN, front=(library,))
+        front = (
+            f"base_model: {self.weights}",
+            "license: other",
+            "license_name: flux-1-dev-non-commercial-license",
+            f"license_link: https://huggingface.co/{self.weights}/blob/main/LICENSE.md",
+        )
+        return BaseModel(licence=LICENCE.format(weights=self.weights), front=(library, *front))
 
     def notes(self) -> Iterator[str]:
         """What is loaded otherwise than the whole folder onto the device."""

@@ -139,9 +139,7 @@ class Infinity:
 
     def quantize(self, features: Tensor, schedule: Schedule) -> Codes:
         """Features as bits and codes, from coarse to fine."""
-        last = schedule.grids[-1]
-        bits = [level.bits for level in self.quantizer.levels(features.to(self.device), schedule)]
-        return Codes(bits=bits, codes=[up(self.quantizer.codes(each), last) for each in bits])
+        return quantize(self.quantizer, features.to(self.device), schedule)
 
     def encode_images(self, pictures: Sequence[Image], schedule: Schedule) -> Codes:
         """Bits and codes of RGB pictures of the schedule's size."""
@@ -169,15 +167,19 @@ class Infinity:
 
         return ragged(pretrained.remember(self._prompts, prompts, encode))
 
-    def logits(self, text: Text, totals: Sequence[Tensor], schedule: Schedule) -> Tensor:
+    def logits(
+        self, text: Text, totals: Sequence[Tensor], schedule: Schedule, branches: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, L, d, 2) float32 of both values of every bit, all scales at once, each given the ones before.
 
-        ``totals``: running sums (B, d, H, W) of the codes, as ``Quantizer.levels`` gives them.
+        Args:
+            totals: running sums (B, d, H, W) of the codes, as ``Quantizer.levels`` gives them.
+            branches: factors (blocks, 2, B) of the blocks' branches in training, see ``transformer.drop_path``.
         """
         inputs = self.quantizer.inputs([total.to(self.device) for total in totals], schedule)
         # Blocks compute in their own dtype; what is outside of them stays in float32 also while a loop trains in less.
         with torch.autocast(self.device.type, enabled=False):
-            logits: Tensor = self.transformer(inputs, text.to(self.device), schedule)
+            logits: Tensor = self.transformer(inputs, text.to(self.device), schedule, branches)
         return logits
 
     def generate(
@@ -205,6 +207,12 @@ class Infinity:
             return draw(
                 self.transformer, self.quantizer, texts, schedule, sampling, generator, interventions
             )  # fmt: skip
+
+
+def quantize(quantizer: Quantizer, features: Tensor, schedule: Schedule) -> Codes:
+    """Features (B, d, H, W) float32 as bits and codes, from coarse to fine."""
+    bits = [level.bits for level in quantizer.levels(features, schedule)]
+    return Codes(bits=bits, codes=[up(quantizer.codes(each), schedule.grids[-1]) for each in bits])
 
 
 def ragged(rows: Sequence[Tensor]) -> Text:

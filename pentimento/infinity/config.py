@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..licences import POCKET, BaseModel
+
+OFFICIAL = "FoundationVision/Infinity"
+LICENCE = (
+    f"Infinity's weights are published under the MIT License (https://huggingface.co/{OFFICIAL}), the text encoder"
+    " google/flan-t5-xl, which is used as it is, under the Apache License 2.0."
+)
+UNKNOWN = f"The licence of the base model's weights holds. If they are the published ones: {LICENCE}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class InfinityConfig:
@@ -33,6 +42,14 @@ class InfinityConfig:
     billion parameters."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    def about(self) -> BaseModel:
+        """What a model card says of these weights."""
+        if self.weights == "pocket":
+            return BaseModel(licence=POCKET)
+        if self.weights != OFFICIAL:
+            return BaseModel(licence=UNKNOWN)
+        return BaseModel(licence=LICENCE, front=(f"base_model: {OFFICIAL}", "license: mit"))
 
     def notes(self) -> Iterator[str]:
         """What is loaded from elsewhere than beside the transformer, or otherwise than published."""

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..pocket.weights import folder
 from ..pretrained import HUB_NAME
 from ..schema import Origin, parse
-from .config import InfinityConfig
+from .config import OFFICIAL, InfinityConfig
 from .files import SUFFIXES, as_safetensors, shapes_of
 from .scales import LENGTHS
 from .tokenizer import Tokenizer, TokenizerConfig, groups_of
@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TRANSFORMER, TOKENIZER = "infinity_2b_reg", "infinity_vae_d32reg"
 """Published files, without their suffix."""
-OFFICIAL, OFFICIAL_TEXT = "FoundationVision/Infinity", "google/flan-t5-xl"
+OFFICIAL_TEXT = "google/flan-t5-xl"
 OWN, SETTINGS = "infinity_reg.", "config.json"
 """A transformer of another size than published, and the file beside it that says what its weights do not."""
 TEXT_DOWNLOAD = [

@@ -8,7 +8,7 @@ are maps (B, d, h, w), bits of dtype bool; tokens are (B, h * w, d), row by row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,23 +34,32 @@ def up(x: Tensor, grid: Grid) -> Tensor:
     return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
 
 
+class Uniform(Protocol):
+    """Random numbers in [0, 1), float32, on the device of the bits; ``draws.Draws`` is such."""
+
+    def uniform(self) -> Tensor:
+        """One for every picture, (B,)."""
+
+    def uniform_like(self, x: Tensor) -> Tensor:
+        """Of the shape of x (B, ...)."""
+
+
 class RandomFlips:
     """Bits turned over at random: per picture and scale a rate of 0, 1, ... or ``100 * strength`` per cent.
 
     The public code draws one rate for the whole batch.
     """
 
-    def __init__(self, strength: float = 0.3, scales: int = 13, generator: torch.Generator | None = None):
+    def __init__(self, draws: Uniform, strength: float = 0.3, scales: int = 13):
         """``strength`` is the highest rate in [0, 1]; scales from ``scales`` on stay right."""
-        self.most, self.scales, self.generator = round(100 * strength), scales, generator
+        self.draws, self.most, self.scales = draws, round(100 * strength), scales
 
     def __call__(self, scale: int, bits: Tensor) -> Tensor:
         if scale >= self.scales:
             return torch.zeros_like(bits)
-        rates = torch.randint(
-            0, self.most + 1, (len(bits), 1, 1, 1), generator=self.generator, device=bits.device
-        )
-        return torch.rand(bits.shape, generator=self.generator, device=bits.device) < rates / 100
+        # Clamped: a uniform number may round up to 1.
+        rates = (self.draws.uniform() * (self.most + 1)).floor().clamp(max=self.most) / 100
+        return self.draws.uniform_like(bits) < rates.view(-1, 1, 1, 1)
 
 
 class _Mask(nn.Module):

@@ -49,8 +49,6 @@ class TransformerConfig:
     """Rows of the table of scale embeddings."""
     attention_bias: bool = True
     """Apply the learnt biases of queries and values, as the published base does; EditInfinity leaves them out."""
-    drop_path: float = 0.0
-    """Rate of dropped branches in training, rising linearly from 0 to this over the blocks."""
 
     @property
     def depth(self) -> int:
@@ -246,32 +244,45 @@ def normed(x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
 
 
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Leave the branch out for a share of the pictures and make up for it in the others."""
-    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
-    return x * keep / (1 - rate)
+def drop_path(uniform: Tensor, rate: float) -> Tensor:
+    """Factors (blocks, 2, B) of the two gated branches of every block, for random numbers (B, blocks, 2) in [0, 1).
+
+    A branch is left out for a share of the pictures, which is made up for in the others. The share rises linearly from 0 in the
+    first block to ``rate``, below 1, in the last (stochastic depth, arXiv:1603.09382).
+    """
+    rates = torch.linspace(0, rate, uniform.shape[1], device=uniform.device)[:, None]
+    return ((uniform >= rates) / (1 - rates)).permute(1, 2, 0)
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig, index: int):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.drop = config.drop_path * index / max(1, config.depth - 1)
         self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, config.width))
         self.sa, self.ca = SelfAttention(config), CrossAttention(config)
         self.ffn = FeedForward(config)
         self.ca_norm = nn.LayerNorm(config.width, eps=EPS)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Text, place: Place, watch: Watch | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Text,
+        place: Place,
+        watch: Watch | None = None,
+        branches: Tensor | None = None,
     ) -> Tensor:
-        """``modulation`` (B, 1, 6, C): gates, scales and shifts of self-attention and of the feed-forward layer."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = (self.ada_gss + modulation).unbind(2)
-        x = x + self._dropped(gate1 * self.sa(normed(x) * (1 + scale1) + shift1, place))
-        x = x + self.ca(self.ca_norm(x), text, watch)
-        return x + self._dropped(gate2 * self.ffn(normed(x) * (1 + scale2) + shift2))
+        """``modulation`` (B, 1, 6, C): gates, scales and shifts of self-attention and of the feed-forward layer.
 
-    def _dropped(self, branch: Tensor) -> Tensor:
-        return drop_path(branch, self.drop) if self.training and self.drop else branch
+        ``branches`` (2, B): what both are multiplied with besides, see ``drop_path``.
+        """
+        gate1, gate2, scale1, scale2, shift1, shift2 = (self.ada_gss + modulation).unbind(2)
+        if branches is not None:
+            gate1, gate2 = (
+                gate * each[:, None, None] for gate, each in zip((gate1, gate2), branches, strict=True)
+            )
+        x = x + gate1 * self.sa(normed(x) * (1 + scale1) + shift1, place)
+        x = x + self.ca(self.ca_norm(x), text, watch)
+        return x + gate2 * self.ffn(normed(x) * (1 + scale2) + shift2)
 
 
 class Chunk(nn.Module):
@@ -320,9 +331,7 @@ class InfinityTransformer(nn.Module):
         self.word_embed = nn.Linear(config.bits, width)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         groups, size = config.chunks
-        self.block_chunks = nn.ModuleList(
-            Chunk([Block(config, g * size + i) for i in range(size)]) for g in range(groups)
-        )
+        self.block_chunks = nn.ModuleList(Chunk([Block(config) for _ in range(size)]) for _ in range(groups))
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, 2 * config.bits)
 
@@ -361,16 +370,22 @@ class InfinityTransformer(nn.Module):
         """Of both values of every bit, (B, L, d, 2) float32."""
         return self.head(self.head_nm(x, condition.pooled)).float().unflatten(2, (-1, 2))
 
-    def forward(self, inputs: Tensor, text: Text, schedule: Schedule) -> Tensor:
-        """Logits (B, L, d, 2) of all scales; ``inputs`` (B, L - 1, d) are what ``Quantizer.inputs`` gives."""
+    def forward(
+        self, inputs: Tensor, text: Text, schedule: Schedule, branches: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, L, d, 2) of all scales; ``inputs`` (B, L - 1, d) are what ``Quantizer.inputs`` gives.
+
+        ``branches`` (blocks, 2, B): factors of the blocks' branches in training, see ``drop_path``.
+        """
         condition = self.condition(text)
         start = condition.pooled[:, None] + self.pos_start
         x = torch.cat([start, self.word_embed(inputs).float()], 1)
         rotation, scale_of = _tables(schedule, self.config.width // self.config.heads, x.device)
         x = x + self.lvl_embed(scale_of)
         place = Place(rotation, schedule.spans)
-        for block in self.blocks:
-            arguments = (x, condition.modulation, condition.context, place)
+        for number, block in enumerate(self.blocks):
+            factors = None if branches is None else branches[number]
+            arguments = (x, condition.modulation, condition.context, place, None, factors)
             # Caches are no part of teacher forcing: a block may run twice.
             x = (
                 checkpoint(block, *arguments, use_reentrant=False)

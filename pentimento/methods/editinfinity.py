@@ -10,7 +10,8 @@ Shapes: B pictures, d bits per vector, (H, W) the last grid, L tokens of all sca
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,21 @@ from torch import Tensor
 from .. import images
 from ..adapters import Adapters, LoRA
 from ..errors import UserError
-from ..infinity import regions
+from ..infinity import authored, regions
 from ..infinity.backbone import Codes, Infinity, extend
 from ..infinity.config import InfinityConfig
-from ..infinity.quantizer import Flips, to_tokens
+from ..infinity.quantizer import RandomFlips, to_tokens
 from ..infinity.sampling import Interventions, Sampling
 from ..infinity.scales import LENGTHS, Schedule, nearest_ratio
-from ..infinity.transformer import Text, bit_cross_entropy
-from ..method import EditSettings, Example, Method
+from ..infinity.transformer import Text, bit_cross_entropy, drop_path
+from ..method import EditSettings, Example, Method, Theirs
 
 if TYPE_CHECKING:
     from ..train import Draws
 
 PROMPT, LORA = "prompt", "lora"
+NAMES = {authored.ROWS: PROMPT, authored.LORA: LORA}
+"""Ours, of what EditInfinity's scripts save."""
 INSTRUCTION = "{prompt}, the language style of this prompt is"
 """What the learnt rows follow, as published."""
 FEED_FORWARD = r".*\.ffn\.fc[12]"
@@ -42,9 +45,14 @@ FEED_FORWARD = r".*\.ffn\.fc[12]"
 class FeedForwardLoRA(LoRA):
     """The published adapter: rank 4 and alpha 32, so a scale of 8; A as peft's default, B zero."""
 
+    elsewhere: ClassVar[str] = (
+        "Neither stock diffusers nor ComfyUI knows Infinity; `pentimento export RUN --to editinfinity --out CASE` writes the files of"
+        " EditInfinity's own scripts."
+    )
     targets: str | tuple[str, ...] = FEED_FORWARD
     rank: int = 4
     alpha: float | None = 32.0
+    dropout: float = 0.1
     init: Literal["gaussian", "default", "kaiming", "orthogonal"] = "default"
 
 
@@ -97,6 +105,9 @@ class EditInfinity(Method):
         """Scales from the first on that have wrong bits."""
         text_dropout: float = 0.1
         """Probability with which the text, learnt rows included, is left out in a step."""
+        drop_path: float = 0.1
+        """Share of the pictures for which the last block's branches are left out in a step of training; in the blocks before it
+        is less, in the first 0."""
         kl_weight: float = 2e-7
         """While the LoRA is trained: weight of the second term of the loss, which the published code calls a KL divergence. It is
         the cross entropy again, summed over all tokens and bits with equal weights."""
@@ -118,6 +129,8 @@ class EditInfinity(Method):
             for name in ("rows", "flip_scales", "kl_weight", "cfg"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
+            if not 0 <= self.drop_path < 1:
+                raise ValueError(f"drop_path must be at least 0 and below 1, but it is {self.drop_path}")
             if not self.tau > 0:
                 raise ValueError(f"tau must be above 0, but it is {self.tau}")
 
@@ -125,6 +138,35 @@ class EditInfinity(Method):
     def names(cls, config: Any) -> tuple[str, ...]:
         """The learnt rows, if there are any, and the LoRA."""
         return (PROMPT, LORA) if config.rows else (LORA,)
+
+    @classmethod
+    def theirs(cls, place: Path, at: int | None = None) -> Theirs | None:
+        """Learnt rows, a LoRA or both of EditInfinity's scripts; in a folder those of the most iterations."""
+        found = authored.files_of(place, at)
+        if not found:
+            return None
+        config: dict[str, Any] = {"rows": authored.COUNT if authored.ROWS in found else 0}
+        if authored.LORA in found and (rank := authored.rank_of(found[authored.LORA])):
+            config["lora"] = {"rank": rank}
+        named = " and ".join(file.name for file in found.values())
+        silent = f"; alpha, which they do not record, is {authored.ALPHA:g} unless config.lora.alpha says otherwise"
+        return Theirs(
+            files={NAMES[kind]: file for kind, file in found.items()},
+            backbone={"attention_bias": False},
+            config=config,
+            note=f"{named} of EditInfinity's scripts: the base model's attention biases are left out, as there, unless"
+            f" backbone.attention_bias=true{silent if authored.LORA in found else ''}",
+        )
+
+    def take(self, theirs: Theirs) -> None:
+        """Load their files; what there is no file of stays as it is, which for the LoRA is without effect."""
+        file = theirs.files.get(PROMPT)
+        width = self.infinity.transformer.config.text_width
+        rows = None if file is None else authored.read_rows(file, self.config.rows, width)
+        if LORA in theirs.files:
+            self.adapters.load(theirs.files[LORA], LORA)
+        if rows is not None:
+            self.adapters.tensors[PROMPT].data.copy_(rows)
 
     @classmethod
     def load(cls, backbone: InfinityConfig, config: Any) -> Self:
@@ -205,39 +247,37 @@ class EditInfinity(Method):
     def losses(self, batch: dict[str, Tensor], draws: "Draws") -> Iterator[tuple[str, Tensor]]:
         """Cross entropy of all bits, given scales before with wrong bits; the LoRA acts in the stage that trains it.
 
-        Draws, in this order: per scale the share of wrong bits and which they are; whether the text is left out.
+        Draws, in this order: per scale the share of wrong bits and which they are; whether the text is left out; which branches
+        of the blocks are.
         """
         config, infinity = self.config, self.infinity
         features = batch["features"].to(infinity.device)
         rows, columns = features.shape[-2:]
         schedule = self.schedule(columns, rows)
-        levels = list(infinity.quantizer.levels(features, schedule, self._flips(draws)))
+        flips = RandomFlips(draws, config.flips, config.flip_scales)
+        levels = list(infinity.quantizer.levels(features, schedule, flips))
         bits = torch.cat([to_tokens(level.bits) for level in levels], 1)
         trains_lora = LORA in self.adapters.trained
         self.adapters.use(**({LORA: 1.0} if trains_lora else {}))  # type: ignore[arg-type]
         text = self._with_rows(Text(batch["text_features"], batch["text_mask"]).to(infinity.device))
         if config.text_dropout:
             text = self._dropped(text, draws.uniform().to(infinity.device) < config.text_dropout)
-        loss = cross_entropy(
-            infinity.logits(text, [level.total for level in levels], schedule), bits, schedule
+        logits = infinity.logits(
+            text, [level.total for level in levels], schedule, self._branches(len(features), draws)
         )
+        loss = cross_entropy(logits, bits, schedule)
         if not (trains_lora and config.kl_weight):
             yield "bits", loss.weighted
             return
         yield "bits", loss.weighted + config.kl_weight * loss.total
         yield "unweighted", config.kl_weight * loss.total.detach()
 
-    def _flips(self, draws: "Draws") -> Flips:
-        most = round(100 * self.config.flips)
-
-        def flips(scale: int, bits: Tensor) -> Tensor:
-            if scale >= self.config.flip_scales:
-                return torch.zeros_like(bits)
-            # Clamped: a uniform number may round up to 1.
-            rates = (draws.uniform() * (most + 1)).floor().clamp(max=most) / 100
-            return draws.uniform_like(bits) < rates.view(-1, 1, 1, 1)
-
-        return flips
+    def _branches(self, count: int, draws: "Draws") -> Tensor | None:
+        """Factors of the blocks' branches for so many pictures; ``None`` where none is ever left out."""
+        if not self.config.drop_path:
+            return None
+        numbers = draws.uniform_like(torch.empty(count, self.infinity.transformer.config.depth, 2))
+        return drop_path(numbers.to(self.infinity.device), self.config.drop_path)
 
     def _with_rows(self, text: Text) -> Text:
         """A padded text, cut to the longest of its rows, with the learnt ones after each."""
@@ -275,7 +315,7 @@ class EditInfinity(Method):
         self._check(example)
         codes, weight = None, None
         if example.mask is not None or self.config.region == "word":
-            codes = infinity.encode_images([self._scaled(source)], schedule)
+            codes = self._codes(example, source, schedule)
             weight = regions.weights(self._region(example, codes, schedule), schedule).to(infinity.device)
         seams = Interventions() if codes is None or weight is None else blending(codes, weight)
         self.adapters.use(**{LORA: settings.scale})  # type: ignore[arg-type]
@@ -288,6 +328,22 @@ class EditInfinity(Method):
         sampling = Sampling(cfg=cfg, tau=self.config.tau, top_p=self.config.top_p)
         drawn = infinity.generate(text, schedule, sampling, seed=settings.seed, interventions=seams)
         return images.resize_result(infinity.decode(drawn.z)[0], source.size)
+
+    def _codes(self, example: Example, source: Image, schedule: Schedule) -> Codes:
+        """The source's codes: those that are given (``extra["codes"]``, of ``pyramids.read``), else encoded."""
+        given = example.extra.get("codes")
+        if given is None:
+            return self.infinity.encode_images([self._scaled(source)], schedule)
+        grids = tuple((bits.shape[-2], bits.shape[-1]) for bits in given.bits)
+        if grids != schedule.grids or given.bits[0].shape[1] != self.infinity.quantizer.width:
+            raise UserError(
+                f"codes: they have {len(grids)} scales up to {grids[-1]} tokens of {given.bits[0].shape[1]} bits, but this picture is"
+                f" drawn in {len(schedule.grids)} up to {schedule.grids[-1]} of {self.infinity.quantizer.width}"
+            )
+        device = self.infinity.device
+        return Codes(
+            bits=[each.to(device) for each in given.bits], codes=[each.to(device) for each in given.codes]
+        )
 
     def _check(self, example: Example) -> None:
         config = self.config
@@ -341,6 +397,13 @@ class EditInfinity(Method):
             "instruction": INSTRUCTION if self.config.rows else "",
             **{name: getattr(self.config, name) for name in names},
         }
+
+    def usage(self) -> str:
+        """What the adapter is good for, and where it is written down."""
+        return (
+            "It knows one picture, the one that it was trained on, and edits that: the instruction is a caption of the wanted picture."
+            " All of it is in `docs/editinfinity.md`."
+        )
 
     def base(self) -> dict[str, Any]:
         """Family, name and digest of the Infinity weights, and whether their attention has its biases."""

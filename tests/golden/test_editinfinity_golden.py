@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pentimento import images
+from pentimento import handover, images
 from pentimento.errors import UserError
-from pentimento.infinity import loading, regions
-from pentimento.infinity.backbone import Infinity
+from pentimento.infinity import loading, pyramids, regions
+from pentimento.infinity.backbone import Infinity, quantize
 from pentimento.infinity.files import shapes_of
 from pentimento.infinity.quantizer import Quantizer, up
 from pentimento.infinity.scales import Schedule
@@ -66,7 +66,7 @@ def method(root: Path, state: str, size: str, **config: Any) -> EditInfinity:
         transformer_config=net.config, tokenizer_config=TokenizerConfig(width=net.config.bits),
     )  # fmt: skip
     infinity = Infinity(weights, net, device=torch.device("cpu"), dtype=torch.float32)
-    return EditInfinity(infinity, EditInfinity.Config(size=size, text_dropout=0.0, **config))
+    return EditInfinity(infinity, EditInfinity.Config(size=size, text_dropout=0.0, drop_path=0.0, **config))
 
 
 def published(name: str) -> str:
@@ -241,3 +241,33 @@ def test_watching_a_word(golden_dir: Path) -> None:
     codes = [up(quantizer.codes(maps(source[f"source_bits_{k}"])), LARGE.grids[-1]) for k in range(13)]
     edit.look(texts(record), codes, LARGE, seen)
     assert distance(seen.mean(), record["final_attention_map"]) <= 1e-6
+
+
+def test_a_lora_of_two_gpus(golden_dir: Path) -> None:
+    """Their own file, flat, against the same factors as they were in the model."""
+    edit = method(golden_dir, "gpt/gpt_d16_state", "0.06M", rows=0)
+    theirs = EditInfinity.theirs(golden_dir / "lora", at=10)
+    assert theirs is not None and theirs.config == {"rows": 0}
+    edit.take(theirs)
+    record = load_file(golden_dir / "lora" / "lora_weights.safetensors")
+    state = edit.adapters.state_dict()["lora"]
+    assert {published(name) for name in state} == record.keys()
+    assert all(torch.equal(value, record[published(name)]) for name, value in state.items())
+
+
+def test_codes_of_scales(golden_dir: Path, tmp_path: Path) -> None:
+    """Of their features, written and read: their bits, and their codes as far as these are recorded."""
+    record = load_file(golden_dir / "data" / "each_scale_code_1M_d32.safetensors")
+    codes = quantize(Quantizer(32), record["pre_quant_features"], LARGE)
+    pyramids.write(tmp_path, codes)
+    found, schedule = pyramids.read(tmp_path)
+    assert schedule == LARGE
+    for k, (bits, code) in enumerate(zip(found.bits, found.codes, strict=True)):
+        assert torch.equal(bits, maps(record[f"bits_{k}"]))
+        assert distance(code[:, :2], record[f"each_scale_code_{k}_channels0to1"][:, :, 0]) <= 1e-6
+
+
+def test_a_line_of_training_data(golden_dir: Path) -> None:
+    record = json.loads((golden_dir / "data" / "jsonl_entry_example.json").read_text())
+    ours = json.loads(handover.entry(Path("/dir/image/original_image.jpg"), 1.0, "<caption>"))
+    assert ours == {**record, "image_path": "/dir/image/original_image.jpg"}

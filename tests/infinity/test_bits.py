@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_infinity import BITS
 
+from pentimento.draws import Draws
 from pentimento.errors import UserError
 from pentimento.infinity.quantizer import Quantizer, RandomFlips, to_maps, to_tokens, up
 from pentimento.infinity.sampling import Sampling, probabilities
@@ -88,12 +89,13 @@ def test_wrong_bits_are_made_good_for() -> None:
 
 
 def test_flips_have_a_rate_per_picture() -> None:
-    flips = RandomFlips(0.3, scales=3, generator=torch.Generator().manual_seed(0))
+    draws = Draws([(0, row) for row in range(64)], torch.device("cpu"))
+    flips = RandomFlips(draws, 0.3, scales=3)
     bits = torch.zeros(64, BITS, 20, 20, dtype=torch.bool)
     rates = flips(0, bits).float().mean((1, 2, 3))
     assert rates.max() < 0.34 and rates.min() < 0.05 and rates.std() > 0.05
     assert not flips(3, bits).any()
-    assert not RandomFlips(0.0)(0, bits).any()
+    assert not RandomFlips(draws, 0.0)(0, bits).any()
 
 
 def test_unlikely_values_are_never_drawn() -> None:
@@ -115,7 +117,9 @@ def test_loss_is_the_cross_entropy_of_two_values() -> None:
 
 
 def test_dropped_branches_are_made_up_for() -> None:
-    torch.manual_seed(0)
-    dropped = drop_path(torch.ones(4000, 1, 1), 0.25)[:, 0, 0]
-    assert sorted(set(dropped.tolist())) == [0.0, pytest.approx(4 / 3)]
-    assert abs(float(dropped.mean()) - 1) < 0.05
+    """Never in the first block, most often in the last."""
+    factors = drop_path(torch.rand(4000, 3, 2, generator=torch.Generator().manual_seed(0)), 0.25)
+    assert factors.shape == (3, 2, 4000) and factors[0].eq(1).all()
+    assert sorted(set(factors[1].flatten().tolist())) == [0.0, pytest.approx(8 / 7)]
+    assert sorted(set(factors[2].flatten().tolist())) == [0.0, pytest.approx(4 / 3)]
+    assert (factors.mean(2) - 1).abs().max() < 0.05
