@@ -263,7 +263,7 @@ class TextNorm(nn.Module):
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Normalised, then scaled and shifted."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=EPS), 1 + scale)
+    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
