@@ -42,15 +42,10 @@ from pentimento.recipe import Recipe
 from .cells import Gathered, intervals, pool, show, trained, words
 
 TASKS = ("recolour", "replace", "background", "add")
-TOKENIZER = "encode and decode"
+TOKENIZER, ALL = "encode and decode", "all tasks"
 PARTS = {
-    "hair": "hair",
-    "shirt": "shirt",
-    "hat_colour": "hat",
-    "hat": "hat",
-    "glasses": "glasses",
-    "bg": "background",
-}
+    "hair": "hair", "shirt": "shirt", "hat_colour": "hat", "hat": "hat", "glasses": "glasses", "bg": "background",
+}  # fmt: skip
 """What captions call the attributes of portraits, and the ground."""
 COLUMNS = (
     "success", "kept", "background", "below the tokenizer", "region IoU", "region recall", "bits right", "drawn again",
@@ -161,8 +156,9 @@ def edited(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """The edit of an arm, and what is known of it besides its picture."""
     arm = ARMS[name]
-    method.config = plan.config
+    method.config = replace(plan.config, region="whole")  # the source is drawn again without a mask
     found = learnt(method, plan, case, example)
+    method.config = plan.config
     target = replace(example, prompt=case.target_prompt, mask=example.mask if arm.masked else None)
     if plan.config.region == "word":
         found |= overlap(method, example)
@@ -206,10 +202,7 @@ def known_by_heart(method: EditInfinity, case: Case, example: Example, *, scale:
         logits = infinity.logits(text, [level.total for level in levels], schedule)
     bits = torch.cat([to_tokens(level.bits) for level in levels], 1)
     right = (logits[..., 1] > logits[..., 0]) == bits
-    free = replace(method.config, region="whole")
-    method.config, held = free, method.config
     again = method.edit(Example(source=example.source, prompt=caption), EditSettings(scale=scale))
-    method.config = held
     return {
         "bits right": float(right.float().mean()),
         "drawn again": float(metrics.psnr(example.source, again)),
@@ -239,12 +232,13 @@ def table(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for result in results:
         mine, best = result["background"], floor[result["task"], result["key"]]
         values = {**result, "below the tokenizer": None if mine is None or best is None else best - mine}
-        for task in (result["task"], "all tasks"):
+        for task in (result["task"], ALL):
             columns = gathered.setdefault((result["arm"], task), {})
             for name in COLUMNS:
                 value = values.get(name)
                 columns.setdefault(name, []).append(math.nan if value is None else float(value))
-    return intervals(gathered)
+    report = intervals(gathered)
+    return {**{task: rows for task, rows in report.items() if task != ALL}, ALL: report[ALL]}
 
 
 def works(args: argparse.Namespace) -> Iterator[Work]:
@@ -299,8 +293,11 @@ def main() -> None:
     every = list(works(args))
     left = [work for work in every if work.arms]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"pentimento {pentimento.__version__}, torch {torch.__version__}, {where}, {args.workers} workers")
-    print(f"{len(left)} of {len(every)} cases", flush=True)
+    about = {
+        "pentimento": pentimento.__version__, "torch": torch.__version__, "device": where, "workers": args.workers,
+        "cases": args.cases, "phrasing": args.phrasing, "overrides": args.overrides,
+    }  # fmt: skip
+    print(f"{json.dumps(about)}\n{len(left)} of {len(every)} cases", flush=True)
     began = time.perf_counter()
     with pool(args.workers) as workers:
         waiting = {workers.submit(one_case, work, args.overrides): work for work in left}
@@ -311,7 +308,9 @@ def main() -> None:
     arms = (TOKENIZER, *args.arms)
     files = [work.place / name / "result.json" for name in arms for work in every]
     report = table(json.loads(file.read_text()) for file in files if file.is_file())
-    runfolder.write_text(args.out / "report.json", json.dumps(report, indent=1) + "\n")
+    runfolder.write_text(
+        args.out / "report.json", json.dumps({"about": about, "tables": report}, indent=1) + "\n"
+    )
     draw_sheets(args)
     show(report)
 

@@ -42,7 +42,8 @@ from .speed import median
 
 SOURCE, TARGET = "a basket of books and a cup", "a basket of books and a candle"
 GIB = 2**30
-SPREAD = 0.02
+SPREAD = 0.2
+"""Of biases, and of the weights of norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +133,13 @@ def write(place: Path, size: Size) -> Path:
 
 
 def random_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Values for all weights of an outline, in bf16."""
+    """Values for all weights of an outline, in bf16; of such a size that activations neither vanish nor grow."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        name: (torch.randn(value.shape, device=device) * SPREAD).to("cpu", torch.bfloat16)
-        for name, value in model.named_parameters()
-    }
+    state = {}
+    for name, value in model.named_parameters():
+        spread = SPREAD if value.dim() == 1 else value[0].numel() ** -0.5
+        state[name] = (torch.randn(value.shape, device=device) * spread).to("cpu", torch.bfloat16)
+    return state
 
 
 def learn(method: EditInfinity, plan: Recipe, samples: Samples, clock: Clock, out: Path) -> float:
