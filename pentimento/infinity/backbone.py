@@ -71,6 +71,9 @@ class Infinity:
             parameters = sum(p.numel() for p in infinity.transformer.parameters())
             checkpointing = parameters >= pretrained.CHECKPOINT_FROM
         infinity.transformer.checkpointing = checkpointing
+        if config.compile:
+            for block in infinity.transformer.blocks:
+                block.compile()
         return infinity
 
     @classmethod

@@ -128,7 +128,8 @@ def draw(
         for i, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
             place = Place(rotation[:, start:end], ((0, end - start),), cache)
             seen = None if watch is None else partial(_watch, watch, k, i, count)
-            x = block(x, condition.modulation, condition.context, place, seen)
+            # Not through the call, which may be compiled: every scale has another size.
+            x = block.forward(x, condition.modulation, condition.context, place, seen)
             if i in guide and cfg[k] != 1:
                 mixed = cfg[k] * x[:count] + (1 - cfg[k]) * x[count:]
                 x = torch.cat([mixed, mixed])
