@@ -14,10 +14,9 @@ import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,15 @@ from typing import Any
 import torch
 
 import pentimento
-from pentimento import calibrate, data, images, metrics, recipe, run, runfolder, train
-from pentimento.cache import Samples
+from pentimento import calibrate, images, metrics, recipe, runfolder
 from pentimento.method import Probe
 from pentimento.pocket import dataset, faces
 from pentimento.pocket import scene as world
 from pentimento.pocket.faces import Change, Face
 from pentimento.pocket.tasks import SLIDERS, Case, cases
 from pentimento.recipe import Recipe
+
+from .cells import Gathered, intervals, pool, show, trained, words
 
 METHODS = (
     "pairedit", "pairedit-no-content", "pairedit-flow", "pairedit-no-direction", "pairedit-no-direction-target",
@@ -112,20 +112,6 @@ def settings(cell: Cell, args: argparse.Namespace, pairs: Path) -> Recipe:
     return recipe.load(cell.method, [*changes, *args.overrides])
 
 
-def trained(plan: Recipe, out: Path) -> Path:
-    """A run folder as ``run.train_run`` leaves it, without what is watched while it trains."""
-    method = recipe.method_class(plan.method).load(plan.backbone, plan.config)
-    method.adapters.reset(plan.seed)
-    rows = data.open_data(plan.data)
-    samples = Samples(rows, method, cache="memory", folder=out / run.CACHE)
-    samples.precompute(lambda done, total: None)
-    record = run.record_of(plan, method, run.shared_prompt(rows))
-    how = train.Run(out=out, seed=plan.seed, precision=run.precision_of(method), record=record)
-    train.train(method, plan.stages, samples, how)
-    runfolder.record(out, plan, {})
-    return out
-
-
 def test_faces(task: str, args: argparse.Namespace) -> list[Face]:
     """The unseen faces of a task, which every method and draw is measured on; found once."""
     file: Path = args.out / "faces" / f"{task}-{args.faces}.json"
@@ -155,13 +141,13 @@ def change_of(exemplars: Sequence[Case]) -> Change:
 
 def one_cell(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     """Train, calibrate, measure; writes result.json and sheet.png."""
-    torch.set_num_threads(1)
     out: Path = args.out / "cells" / cell.name
     began = time.perf_counter()
     exemplars = cell.exemplars()
     dataset.save(exemplars, out=out / "pairs")
     if not (out / "run" / runfolder.RECIPE).is_file():
-        trained(settings(cell, args, out / "pairs"), out / "run")
+        plan = settings(cell, args, out / "pairs")
+        trained(plan, recipe.method_class(plan.method).load(plan.backbone, plan.config), out / "run")
     seconds = time.perf_counter() - began
     request = calibrate.Request(
         what=str(out / "run"),
@@ -231,40 +217,14 @@ def or_zero(value: float) -> float:
 
 def table(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Means with intervals by method, number of pairs and task, and over the tasks of a kind."""
-    gathered: dict[tuple[str, str], dict[str, list[float]]] = {}
+    gathered: Gathered = {}
     for result in results:
         row = f"{result['method']}, {result['pairs']} pair{'s' * (result['pairs'] > 1)}"
         kind = "all continuous" if result["continuous"] else "all on/off"
         for name, values in scores(result).items():
             for task in (result["task"], kind):
                 gathered.setdefault((row, task), {}).setdefault(name, []).extend(values)
-    report: dict[str, Any] = {}
-    for (row, task), columns in gathered.items():
-        report.setdefault(task, {})[row] = {
-            name: [None if math.isnan(x) else round(x, 3) for x in metrics.interval(values)]
-            for name, values in columns.items()
-        }
-    return report
-
-
-def show(report: Mapping[str, Any]) -> None:
-    """The report as Markdown."""
-    for task, rows in report.items():
-        columns = list(next(iter(rows.values())))
-        print(f"\n{task}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-        for name, values in rows.items():
-            said = [cell_text(*values[column]) for column in columns]
-            print(f"| {name} | {' | '.join(said)} |")
-
-
-def cell_text(mean: float | None, low: float | None, high: float | None) -> str:
-    """A mean with its interval, where there is one."""
-    return "-" if mean is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def words(text: str) -> list[str]:
-    """What commas part."""
-    return text.split(",")
+    return intervals(gathered)
 
 
 def numbers(text: str) -> list[int]:
@@ -301,11 +261,10 @@ def main() -> None:
     print(
         f"pentimento {pentimento.__version__}, torch {torch.__version__}: {len(left)} of {len(every)} cells"
     )
-    spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=spawning) as pool:
-        for task, found in zip(tasks, pool.map(test_faces, tasks, itertools.repeat(args)), strict=True):
+    with pool(args.workers) as workers:
+        for task, found in zip(tasks, workers.map(test_faces, tasks, itertools.repeat(args)), strict=True):
             print(f"{task}: {len(found)} unseen faces", flush=True)
-        waiting = {pool.submit(one_cell, cell, args): cell for cell in left}
+        waiting = {workers.submit(one_cell, cell, args): cell for cell in left}
         for number, future in enumerate(as_completed(waiting), 1):
             unit = future.result()["unit"]
             print(f"{number} of {len(left)}: {waiting[future].name}, scale 1 is raw {unit:.2f}", flush=True)

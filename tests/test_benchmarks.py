@@ -1,14 +1,21 @@
 """What benchmarks reuse and compare with."""
 
 import argparse
+import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks import photographs, quality, sliders
+from benchmarks import inversions, photographs, quality, sliders, true_size
+from pentimento import images, recipe
 from pentimento.flux.backbone import Flux
+from pentimento.infinity import regions
 from pentimento.methods.influxedit import InFluxEdit
+from pentimento.pocket import readout
+from pentimento.pocket.tasks import cases
 
 
 def test_drawn_pairs_are_reused_for_the_same_settings_only() -> None:
@@ -81,3 +88,97 @@ def test_exemplars_of_a_cell_show_one_change() -> None:
         assert len(exemplars) == cell.pairs and sliders.change_of(exemplars)
         assert cell.task == "smile" or len({str(case.wanted) for case in exemplars}) == 1
     assert cells[0].exemplars() != cells[1].exemplars()
+
+
+@pytest.fixture(scope="module")
+def random_infinity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return true_size.write(tmp_path_factory.mktemp("random") / "weights", true_size.TINY)
+
+
+FEW_STEPS = (
+    "stages.prompt.steps=1",
+    "stages.lora.steps=2",
+    "stages.prompt.lr=0.1",
+    "stages.lora.lr=0.1",
+    "config.rows=2",
+    "backbone.device=cpu",
+)
+
+
+def test_words_name_what_changes_in_the_caption() -> None:
+    named = set()
+    for task in inversions.TASKS:
+        for case in itertools.islice(cases(task, "test", phrasing=1), 30):
+            word = inversions.word_of(case)
+            assert (word is None) == (task == "add")
+            if word is not None:
+                every = range(len(case.source_prompt.split()))
+                begin, end = regions.token_span(case.source_prompt, word, every)
+                assert end - begin == len(word.split())
+                named.add(word)
+    assert named >= {"background", "glasses", "hat", "shirt", "hair"} and any(
+        "star" in word for word in named
+    )
+
+
+def test_arms_of_a_case_share_what_they_learn(
+    random_infinity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is made is not made again."""
+    reading = readout.Reading(scene={}, valid=True, explained=30.0, success=True, kept=0.5, background=31.0)
+    monkeypatch.setattr(readout, "judge", lambda *given: reading)
+    learnt: list[tuple[str, ...]] = []
+    real = inversions.trained
+    monkeypatch.setattr(
+        inversions,
+        "trained",
+        lambda plan, *rest, **how: learnt.append(tuple(plan.stages)) or real(plan, *rest, **how),
+    )
+    arms = ["mask", "whole", "auto", "prompt-only", "base"]
+    args = argparse.Namespace(tasks=["recolour"], cases=1, phrasing=1, out=tmp_path, arms=arms)
+    overrides = (f"backbone.weights={random_infinity}", *FEW_STEPS)
+    (work,) = inversions.works(args)
+    assert work.arms == (inversions.TOKENIZER, *arms)
+    inversions.one_case(work, overrides)
+    assert learnt == [("prompt", "lora"), ("prompt",)]
+    assert [left.arms for left in inversions.works(args)] == [()]
+    found: dict[str, dict[str, Any]] = {
+        name: json.loads((work.place / name / "result.json").read_text()) for name in work.arms
+    }
+    assert found["mask"]["drawn again"] == found["whole"]["drawn again"]
+    assert found["base"]["seconds of learning"] is None and 0 < found["base"]["bits right"] < 1
+    assert 0 <= found["auto"]["region IoU"] <= found["auto"]["region recall"] <= 1
+    pictures = {name: images.open_image(work.place / name / "result.png").tobytes() for name in work.arms}
+    assert len(set(pictures.values())) == len(work.arms)
+    inversions.draw_sheets(args)
+    assert (tmp_path / "recolour.png").is_file()
+
+
+def test_edits_are_compared_with_the_tokenizer_case_by_case() -> None:
+    def result(arm: str, key: str, background: float | None, task: str = "add") -> dict[str, Any]:
+        return {"arm": arm, "key": key, "task": task, "background": background, "success": 1.0, "kept": 1.0}
+
+    rows = [result(inversions.TOKENIZER, "a", 34.0), result(inversions.TOKENIZER, "b", 30.0)]
+    rows += [result("mask", "b", 29.0), result("mask", "a", 32.0)]
+    rows += [result(inversions.TOKENIZER, "a", None, "background"), result("mask", "a", None, "background")]
+    report = inversions.table(rows)
+    assert list(report) == ["add", "background", "all tasks"]
+    assert report["add"]["mask"]["below the tokenizer"] == [1.5, 1.0, 2.0]
+    assert report["all tasks"]["mask"]["background"][0] == 30.5
+    assert report["background"]["mask"]["below the tokenizer"] == [None] * 3
+    assert report["add"]["mask"]["region IoU"] == [None] * 3
+
+
+def test_every_part_at_true_size_is_timed(random_infinity: Path, tmp_path: Path) -> None:
+    photo = true_size.picture(256)
+    file = images.save_image(photo, tmp_path / "photo.png")
+    named = [f"backbone.weights={random_infinity}", f"data.root={file}", "config.source_prompt=a cup"]
+    report = true_size.measure(recipe.load("editinfinity-mask", [*named, *FEW_STEPS]), photo, tmp_path, 1)
+    assert {"start-up", "stage prompt", "stage lora", "edit with blending", "of it: decoding"} <= set(
+        report["parts"]
+    )
+    seconds = {name: part["seconds"] for name, part in report["parts"].items()}
+    assert all(value > 0 for value in seconds.values())
+    assert (
+        report["totals"]["both stages and an edit"] > seconds["stage prompt"] + seconds["stage lora"] - 0.01
+    )

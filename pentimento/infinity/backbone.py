@@ -71,6 +71,9 @@ class Infinity:
             parameters = sum(p.numel() for p in infinity.transformer.parameters())
             checkpointing = parameters >= pretrained.CHECKPOINT_FROM
         infinity.transformer.checkpointing = checkpointing
+        if config.compile:
+            for block in infinity.transformer.blocks:
+                block.compile()
         return infinity
 
     @classmethod
@@ -218,15 +221,21 @@ def quantize(quantizer: Quantizer, features: Tensor, schedule: Schedule) -> Code
 def ragged(rows: Sequence[Tensor]) -> Text:
     """Texts (S_i, C_text) of several lengths as one batch."""
     features = pad_sequence(list(rows), batch_first=True)
+    if all(len(row) == features.shape[1] for row in rows):
+        return Text(features, None)
     lengths = torch.tensor([len(row) for row in rows], device=features.device)
     return Text(features, torch.arange(features.shape[1], device=features.device) < lengths[:, None])
 
 
 def extend(text: Text, rows: Tensor) -> Text:
     """Append the same learnt rows (N, C_text) to every text, directly after its own last row."""
+    if text.mask is None:
+        return Text(
+            torch.cat([text.features, rows.to(text.features).expand(len(text.features), -1, -1)], 1), None
+        )
     features, count = F.pad(text.features, (0, 0, 0, len(rows))), len(rows)
     at = torch.arange(features.shape[1], device=features.device)
-    lengths = text.known().sum(1, keepdim=True)
+    lengths = text.mask.sum(1, keepdim=True)
     index = (lengths + at[:count])[:, :, None].expand(-1, -1, features.shape[2])
     added = rows.to(features).expand(len(features), -1, -1)
     return Text(features.scatter(1, index, added), at < lengths + count)

@@ -40,6 +40,8 @@ class InfinityConfig:
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: slower, far less memory. null: on for models above a
     billion parameters."""
+    compile: bool = False
+    """Compile the transformer's blocks for training: the first step of a stage takes long, later ones are faster."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
 

@@ -91,6 +91,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
+def chosen(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw for each pair of probabilities (..., 2) whether it is the second: (...) bool."""
+    # As torch.multinomial does, which asks the device whether the probabilities are sound and waits for the answer.
+    first, second = (p / torch.empty_like(p).exponential_(generator=generator)).unbind(-1)
+    return second > first
+
+
 @torch.no_grad()
 def draw(
     model: InfinityTransformer,
@@ -111,7 +118,7 @@ def draw(
         condition = joined(condition, model.condition(texts.against or model.without_text(texts.prompts)))
     guide = {model.config.depth + n for n in sampling.cfg_blocks if n < 0}
     on_logits = not sampling.cfg_blocks or 0 in sampling.cfg_blocks
-    rotation, caches = model.rotation(schedule), [Cache() for _ in range(model.config.depth)]
+    rotation, caches = model.rotation(schedule), [Cache(schedule.tokens) for _ in range(model.config.depth)]
     last = schedule.grids[-1]
     total, drawn = torch.zeros(count, quantizer.width, *last, device=rotation.device), []
     tokens: Tensor | None = None
@@ -121,7 +128,8 @@ def draw(
         for i, (block, cache) in enumerate(zip(model.blocks, caches, strict=True)):
             place = Place(rotation[:, start:end], ((0, end - start),), cache)
             seen = None if watch is None else partial(_watch, watch, k, i, count)
-            x = block(x, condition.modulation, condition.context, place, seen)
+            # Not through the call, which may be compiled: every scale has another size.
+            x = block.forward(x, condition.modulation, condition.context, place, seen)
             if i in guide and cfg[k] != 1:
                 mixed = cfg[k] * x[:count] + (1 - cfg[k]) * x[count:]
                 x = torch.cat([mixed, mixed])
@@ -129,10 +137,7 @@ def draw(
         if cfg[k] != 1 and on_logits:
             logits = cfg[k] * logits[:count] + (1 - cfg[k]) * logits[count:]
         p = probabilities(logits[:count], sampling)
-        chosen = torch.multinomial(p.flatten(0, 2), 1, replacement=True, generator=generator).view(
-            p.shape[:3]
-        )
-        bits = to_maps(chosen, schedule.grids[k]) == 1
+        bits = to_maps(chosen(p, generator), schedule.grids[k])
         bits = interventions.given.get(k, bits)
         drawn.append(bits)
         code = up(quantizer.codes(bits), last)
@@ -156,5 +161,6 @@ def joined(a: Condition, b: Condition) -> Condition:
     missing = [length - text.features.shape[1] for text in texts]
     features = [F.pad(text.features, (0, 0, 0, n)) for text, n in zip(texts, missing, strict=True)]
     masks = [F.pad(text.known(), (0, n)) for text, n in zip(texts, missing, strict=True)]
-    context = Text(torch.cat(features), torch.cat(masks))
+    padded = any(missing) or any(text.mask is not None for text in texts)
+    context = Text(torch.cat(features), torch.cat(masks) if padded else None)
     return Condition(torch.cat([a.pooled, b.pooled]), torch.cat([a.modulation, b.modulation]), context)

@@ -11,7 +11,7 @@ narrower.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -64,10 +64,14 @@ def rotations(positions: Tensor, head_width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring pairs of channels of (B, H, L, D)."""
+    """Turn neighbouring pairs of channels of (..., L, D) float32."""
     cos, sin = rotation
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([cos * a - sin * b, sin * a + cos * b], -1).flatten(-2)
+    if torch.compiler.is_compiling():  # which fuses everything but complex numbers
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([cos * a - sin * b, sin * a + cos * b], -1).flatten(-2)
+    # As complex numbers: one pass over x instead of seven.
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class Linear(nn.Linear):
@@ -78,17 +82,30 @@ class Linear(nn.Linear):
 
 
 class Cache:
-    """One block's keys and values of the scales drawn so far."""
+    """One block's keys and values: of the scales drawn so far, and of the text."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        """``tokens``: of all scales."""
+        self.tokens, self._seen = tokens, 0
         self._past: tuple[Tensor, Tensor] | None = None
+        self._text: tuple[Tensor, Tensor] | None = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of a scale; all so far (B, H, K, D) come back."""
-        if self._past is not None:
-            k, v = torch.cat([self._past[0], k], 2), torch.cat([self._past[1], v], 2)
-        self._past = (k, v)
-        return k, v
+        if self._past is None:
+            # Room for all at once: nothing is copied again with every scale.
+            room = (*k.shape[:2], self.tokens, k.shape[3])
+            self._past = k.new_empty(room), v.new_empty(room)
+        start, self._seen = self._seen, self._seen + k.shape[2]
+        for past, new in zip(self._past, (k, v), strict=True):
+            past[:, :, start : self._seen] = new
+        return self._past[0][:, :, : self._seen], self._past[1][:, :, : self._seen]
+
+    def of_text(self, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text, made once."""
+        if self._text is None:
+            self._text = make()
+        return self._text
 
 
 class Place(NamedTuple):
@@ -119,19 +136,22 @@ class SelfAttention(nn.Module):
         qkv = self.mat_qkv(x)
         if self.biased:
             qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.float().clamp(max=MAX_SCALE).exp()
-        q = rotate(q, place.rotation).to(v.dtype)
-        k = rotate(F.normalize(k.float(), dim=-1), place.rotation).to(v.dtype)
+        qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        temperature = self.scale_mul_1H11.float().clamp(max=MAX_SCALE).exp()
+        # Queries and keys in the same passes; only queries have a temperature.
+        temperatures = torch.stack([temperature, torch.ones_like(temperature)])
+        qk = F.normalize(qkv[:2].float(), dim=-1) * temperatures
+        q, k = rotate(qk, place.rotation).to(qkv.dtype)
+        v = qkv[2]
         if place.cache is not None:
             k, v = place.cache.extend(k, v)
         seen = k.shape[2] - q.shape[2]
-        out = [
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, : seen + end], v[:, :, : seen + end], scale=1.0
-            )
-            for start, end in place.spans
-        ]
+        scales = list(zip(q.split([end - start for start, end in place.spans], 2), place.spans, strict=True))
+        out: list[Tensor] = []
+        for queries, (_, end) in reversed(scales):
+            # A slice of the slice before: its gradient is as long as that one, not as long as all scales.
+            k, v = k[:, :, : seen + end], v[:, :, : seen + end]
+            out.insert(0, F.scaled_dot_product_attention(queries, k, v, scale=1.0))
         return self.proj(torch.cat(out, 2).transpose(1, 2).flatten(2))
 
 
@@ -187,9 +207,12 @@ class CrossAttention(_TextAttention):
         super().__init__(config, config.width, config.heads)
         self.mat_q = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, text: Text, watch: Watch | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Text, cache: Cache | None = None, watch: Watch | None = None
+    ) -> Tensor:
         q = self.mat_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.keys_values(text.features)
+        make = partial(self.keys_values, text.features)
+        k, v = make() if cache is None else cache.of_text(make)
         if watch is not None:
             scores = (q.float() @ k.float().mT) / math.sqrt(q.shape[-1])
             if text.mask is not None:
@@ -240,8 +263,9 @@ class TextNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * self.weight
 
 
-def normed(x: Tensor) -> Tensor:
-    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalised, then scaled and shifted."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
 def drop_path(uniform: Tensor, rate: float) -> Tensor:
@@ -280,9 +304,9 @@ class Block(nn.Module):
             gate1, gate2 = (
                 gate * each[:, None, None] for gate, each in zip((gate1, gate2), branches, strict=True)
             )
-        x = x + gate1 * self.sa(normed(x) * (1 + scale1) + shift1, place)
-        x = x + self.ca(self.ca_norm(x), text, watch)
-        return x + gate2 * self.ffn(normed(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.sa(modulated(x, scale1, shift1), place)
+        x = x + self.ca(self.ca_norm(x), text, place.cache, watch)
+        return x + gate2 * self.ffn(modulated(x, scale2, shift2))
 
 
 class Chunk(nn.Module):
@@ -298,7 +322,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.ada_lin(condition).float()[:, None].chunk(2, 2)
-        return normed(x) * (1 + scale) + shift
+        return modulated(x, scale, shift)
 
 
 class Condition(NamedTuple):

@@ -281,8 +281,10 @@ class EditInfinity(Method):
 
     def _with_rows(self, text: Text) -> Text:
         """A padded text, cut to the longest of its rows, with the learnt ones after each."""
-        length = int(text.known().sum(1).max())
-        cut = Text(text.features[:, :length], text.known()[:, :length])
+        lengths = text.known().sum(1).tolist()
+        length = max(lengths)
+        mask = None if length == min(lengths) else text.known()[:, :length]
+        cut = Text(text.features[:, :length], mask)
         return extend(cut, self.adapters.tensors[PROMPT]) if self.config.rows else cut
 
     def _dropped(self, text: Text, dropped: Tensor) -> Text:
@@ -291,11 +293,11 @@ class EditInfinity(Method):
         kept = len(empty.features[0])
         missing = text.features.shape[1] - kept
         features = F.pad(empty.features, (0, 0, 0, missing))
+        features = torch.where(dropped[:, None, None], features, text.features)
+        if text.mask is None and not missing:
+            return Text(features, None)
         mask = F.pad(text.known()[:, :kept], (0, missing))
-        return Text(
-            torch.where(dropped[:, None, None], features, text.features),
-            torch.where(dropped[:, None], mask, text.known()),
-        )
+        return Text(features, torch.where(dropped[:, None], mask, text.known()))
 
     @torch.no_grad()
     def edit(self, example: Example, settings: EditSettings) -> Image:

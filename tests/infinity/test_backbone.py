@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pentimento.infinity.backbone import Infinity, extend, ragged
 from pentimento.infinity.config import InfinityConfig
 from pentimento.infinity.sampling import Interventions, Sampling
 from pentimento.infinity.scales import Schedule
-from pentimento.infinity.transformer import Linear, Text
+from pentimento.infinity.transformer import Block, Linear, Text
 
 SCHEDULE = Schedule.of(1.0, SIZE)
 TALL = Schedule.of(1.5, SIZE)
@@ -222,6 +223,33 @@ def test_checkpointing_changes_nothing(
         logits.square().mean().backward()
         results.append((logits.detach(), rows.grad))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_compiled_blocks_train_alike(
+    infinity: Infinity, infinity_config: InfinityConfig, totals: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced once for all blocks; pictures are drawn as ever."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend=backend))
+    compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
+    results = []
+    for each in (infinity, compiled):
+        rows = torch.ones(2, 32, requires_grad=True)
+        logits = each.logits(extend(each.encode_prompts(PROMPTS), rows), totals, SCHEDULE)
+        logits.square().mean().backward()
+        assert rows.grad is not None
+        results.append((logits.detach(), rows.grad))
+    assert len(graphs) == 1
+    close(results[1][0], results[0][0])
+    close(results[1][1], results[0][1])
+    text = infinity.encode_prompts(PROMPTS)
+    drawn = [each.generate(text, SCHEDULE, Sampling(), seed=0).z for each in (infinity, compiled)]
+    assert torch.equal(*drawn) and len(graphs) == 1
 
 
 def test_half_precision_is_for_the_blocks(
