@@ -181,7 +181,7 @@ def test_attention_to_a_word(infinity: Infinity, picture: Callable[..., Image.Im
     seen = regions.AttentionMap(TALL, (0, count))
     edit.look(text, codes.codes, TALL, seen)
     torch.testing.assert_close(seen.mean(), torch.full(TALL.grids[-1], 1 / count))
-    words = infinity.text[0](CAPTION).word_ids()
+    words = infinity.words(CAPTION).word_ids()
     assert regions.token_span(CAPTION, "red mat", words) == (
         words.index(4), len(words) - 1
     )  # fmt: skip
