@@ -13,7 +13,6 @@ from PIL.Image import Image
 
 from . import cases, editing, heatmaps, images, lookup, photos, recipes, run, runfolder, schema
 from . import recipe as recipe_
-from .captioner import Captioner
 from .cases import Case
 from .editing import Job
 from .errors import UserError, counted
@@ -24,6 +23,7 @@ from .recipe import Recipe, Setup
 from .run import Editor
 
 if TYPE_CHECKING:
+    from .captioner import Captioner
     from .generation import Request
 
 Say = Callable[[str], None]
@@ -229,7 +229,7 @@ def _check_options(request: "Request") -> None:
 def _prepared(what: What, request: "Request", say: Say) -> tuple[list[Ready], dict[str, str]]:
     """The cases that are in order, and what is wrong with the others of a file of cases."""
     found, failed = _gathered(what, request, say)
-    captioner = None if request.caption is None else Captioner(request.caption)
+    captioner = None if request.caption is None else _captioner(request.caption)
     outline = what.method.outline(what.setup.backbone, what.setup.config)
     ready = []
     for case in found:
@@ -245,6 +245,12 @@ def _prepared(what: What, request: "Request", say: Say) -> tuple[list[Ready], di
             say(f"{case.name}: left out: {error}")
     editing.check_outputs([one.job for one in ready], 1)
     return ready, failed
+
+
+def _captioner(name: str) -> "Captioner":
+    from .captioner import Captioner  # slow, and seldom needed
+
+    return Captioner(name)
 
 
 def _gathered(what: What, request: "Request", say: Say) -> tuple[list[Case], dict[str, str]]:
@@ -283,11 +289,12 @@ def _named(what: What, request: "Request") -> list[Case]:
         raise UserError("name at least one picture to edit")
     paths = [Path(name) for name in request.pictures]
     sources = editing.per_picture(request.sources, len(paths), "--source")
+    prompts = editing.per_picture(request.prompts, len(paths), "--prompt")
     if any(len(texts) > 1 for texts in sources):
         raise UserError("--source: one picture has one caption; several --prompt are drawn one each")
     return [
-        Case(name=name, picture=path, source=texts[0] if texts else "", prompts=request.prompts)
-        for name, path, texts in zip(editing.stems(paths), paths, sources, strict=True)
+        Case(name=name, picture=path, source="".join(texts), prompts=wanted)
+        for name, path, texts, wanted in zip(editing.stems(paths), paths, sources, prompts, strict=True)
     ]
 
 
@@ -295,11 +302,9 @@ def _completed(case: Case, request: "Request") -> Case:
     """What the command line says goes before what a folder says."""
     if request.mask is not None and request.word:
         raise UserError("--mask and --target-word both say what may change; leave one out")
-    changes: dict[str, Any] = {
-        "source": "".join(request.sources[:1]) if request.case else "",
-        "word": request.word,
-    }
-    changes["prompts"] = request.prompts
+    changes: dict[str, Any] = {"word": request.word}
+    if request.case is not None:
+        changes |= {"source": "".join(request.sources[:1]), "prompts": request.prompts}
     case = replace(case, **{key: value for key, value in changes.items() if value})
     if request.mask is not None:
         case = replace(case, mask=request.mask, mask_white="change", mask_scales=False, word="")

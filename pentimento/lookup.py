@@ -98,6 +98,8 @@ def place_of(path: Path, at: int | None) -> Path:
         )
     if not path.exists() and str(path) in shipped():
         raise UserError(f"{path} is a recipe; train it first: pentimento train {path} data.root=FOLDER")
+    if not path.exists() and (near := schema.nearest(str(path), list(shipped()))):
+        raise UserError(f"{path}: there is no such file or folder; is the recipe {near} meant?")
     return inspection.find(path)
 
 

@@ -38,6 +38,10 @@ INSTRUCTION = "{prompt}, the language style of this prompt is"
 FEED_FORWARD = r".*\.ffn\.fc[12]"
 SMALLEST = 24
 """Pixels of a side of the smallest picture that is taken."""
+LONGEST = 4
+"""Longest aspect that is squeezed into the tabled ones, which end at 3."""
+SHOWN = 60
+"""Characters of a text in messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +198,10 @@ class EditInfinity(Method):
         """Raise ``UserError`` for a caption that, with what the learnt rows follow, is longer than the model's text."""
         count = len(self.infinity.words(self._instructed(prompt)).input_ids)
         if count > self.infinity.native_text_length:
-            with_rows = " with what the learnt rows follow" if self.config.rows else ""
+            with_rows = ", with what the learnt rows follow," if self.config.rows else ""
+            shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
             raise UserError(
-                f"{prompt!r} has {count} tokens{with_rows}, but this model reads {self.infinity.native_text_length}; shorten it"
+                f"a text{with_rows} has {count} tokens, but this model reads {self.infinity.native_text_length}; shorten {shown!r}"
             )
 
     def text(self, prompt: str) -> str:
@@ -317,12 +322,8 @@ class EditInfinity(Method):
             raise UserError(
                 "steps: Infinity draws a picture in the scales of its size, not in steps; leave it out"
             )
-        if example.source is not None and min(example.source.size) < SMALLEST:
-            width, height = example.source.size
-            raise UserError(
-                f"{example.key or 'the picture'}: {width}x{height} is too small to be learnt and edited; its sides must be at"
-                f" least {SMALLEST} pixels"
-            )
+        if example.source is not None:
+            _check_size(example.key or "the picture", *example.source.size)
         if example.mask is not None or config.region == "whole":
             return
         if config.region == "mask":
@@ -395,6 +396,17 @@ class EditInfinity(Method):
     def base(self) -> dict[str, Any]:
         """Family, name and digest of the Infinity weights, and whether their attention has its biases."""
         return self.infinity.describe()
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if min(width, height) < SMALLEST:
+        raise UserError(
+            f"{name}: {width}x{height} is too small to be learnt and edited; its sides must be at least {SMALLEST} pixels"
+        )
+    if max(width, height) > LONGEST * min(width, height):
+        raise UserError(
+            f"{name}: {width}x{height} is too long; Infinity draws up to 3:1, so cut it to at most {LONGEST}:1"
+        )
 
 
 def blending(codes: Codes, weight: Tensor) -> Interventions:
