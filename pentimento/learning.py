@@ -69,9 +69,8 @@ def what_of(name: str | Path, *, at: int | None = None, overrides: Sequence[str]
     Raises:
         UserError: as ``recipe.load`` and ``lookup.find`` do.
     """
-    path = Path(name)
-    if not _is_recipe(path):
-        found = lookup.find(path, at=at, overrides=overrides)
+    if not _is_recipe(str(name)):
+        found = lookup.find(name, at=at, overrides=overrides)
         return What(setup=found.setup, found=found) if found.method.learns_picture else None
     recipe = recipe_.load(name, overrides)
     if not recipe_.method_class(recipe.method).learns_picture:
@@ -83,9 +82,10 @@ def what_of(name: str | Path, *, at: int | None = None, overrides: Sequence[str]
     return What(setup=setup, recipe=recipe)
 
 
-def _is_recipe(path: Path) -> bool:
-    # A folder of that name is a run.
-    return not path.is_dir() and (str(path) in recipes.shipped() or path.suffix in (".yaml", ".yml"))
+def _is_recipe(name: str) -> bool:
+    # A run may be called as its recipe; what else is called so, such as a folder of results, does not count.
+    known = name in recipes.names() and not (Path(name) / runfolder.RECIPE).is_file()
+    return known or (Path(name).is_file() and Path(name).suffix in (".yaml", ".yml"))
 
 
 @dataclass(frozen=True, kw_only=True)

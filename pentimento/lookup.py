@@ -10,7 +10,7 @@ from . import recipe as recipe_
 from .errors import UserError
 from .method import Method
 from .recipe import Recipe, Setup
-from .recipes import shipped
+from .recipes import names
 from .schema import Origin
 
 RECORDED = {"weights", "attention_bias"}
@@ -96,9 +96,9 @@ def place_of(path: Path, at: int | None) -> Path:
         raise UserError(
             f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
         )
-    if not path.exists() and str(path) in shipped():
+    if not path.exists() and str(path) in names():
         raise UserError(f"{path} is a recipe; train it first: pentimento train {path} data.root=FOLDER")
-    if not path.exists() and (near := schema.nearest(str(path), list(shipped()))):
+    if not path.exists() and (near := schema.nearest(str(path), names())):
         raise UserError(f"{path}: there is no such file or folder; is the recipe {near} meant?")
     return inspection.find(path)
 

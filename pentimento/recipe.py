@@ -215,7 +215,7 @@ def method_class(name: str, where: str = "method") -> type[Method]:
 
 def _find(name_or_path: str | Path) -> tuple[str, str]:
     """The text of a recipe and what to call it in messages."""
-    names = list(recipes.shipped())
+    names = recipes.names()
     if str(name_or_path) in names:
         return recipes.text(str(name_or_path)), f"recipe {name_or_path}"
     path = Path(name_or_path)
