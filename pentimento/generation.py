@@ -78,6 +78,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
             yield from _beside(strips.of_jobs(learnt, None), request, None)
         return
     if request.sources or request.word or request.caption or request.case or request.cases:
+        _found(request)  # what is not there at all is said first
         raise UserError(
             "--source, --target-word, --caption, --case and --cases are for methods that learn the picture itself (editinfinity)"
         )
@@ -116,6 +117,7 @@ def regions(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
     """Write only where edits may change the pictures; yields each path when it is written."""
     what = learning.what_of(request.what, overrides=request.overrides)
     if what is None:
+        _found(request)
         raise UserError(f"{request.what}: only editinfinity finds where a picture may change")
     yield from learning.masks(what, request, say)
 

@@ -70,6 +70,8 @@ def what_of(name: str | Path, *, at: int | None = None, overrides: Sequence[str]
         UserError: as ``recipe.load`` and ``lookup.find`` do.
     """
     if not _is_recipe(str(name)):
+        if not Path(name).exists():
+            return None  # explained where all that is edited with is looked for
         found = lookup.find(name, at=at, overrides=overrides)
         return What(setup=found.setup, found=found) if found.method.learns_picture else None
     recipe = recipe_.load(name, overrides)
@@ -269,6 +271,8 @@ def _gathered(what: What, request: "Request", say: Say) -> tuple[list[Case], dic
             raise UserError(
                 "--cases: a file of cases says all of its pictures itself; leave the other options out"
             )
+        if request.out.suffix.lower() in images.WRITABLE:
+            raise UserError(f"--out {request.out}: the results of a file of cases go into a folder")
         found = []
         for name, case in cases.from_lines(request.cases):
             if isinstance(case, UserError):

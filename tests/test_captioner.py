@@ -30,7 +30,9 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     vision = BlipVisionConfig(**small, image_size=32, patch_size=16)
     torch.manual_seed(0)
-    BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).save_pretrained(folder)
+    BlipForConditionalGeneration(
+        BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+    ).save_pretrained(folder)
     BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     BertTokenizer({word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
     return folder

@@ -316,6 +316,12 @@ def test_other_methods_do_not_learn_pictures(refuse, cat: Path, trained: Path) -
         pentimento.learn("pairedit", cat)
 
 
+def test_a_file_of_cases_goes_into_a_folder(refuse, no_weights, short: list[str]) -> None:
+    Path("list.jsonl").write_text('{"image": "a.png"}')
+    said = refuse("edit", "editinfinity", "--cases", "list.jsonl", *short, "--out", "one.png")
+    assert "the results of a file of cases go into a folder" in said
+
+
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, call, cat: Path, short: list[str]) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
