@@ -7,12 +7,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .learning import learn
     from .recipe import load as load_recipe
     from .run import Editor, load, train_run
     from .scaling import Search
 
 __version__ = "0.3.0"
-__all__ = ["Editor", "Search", "__version__", "load", "load_recipe", "train_run"]
+__all__ = ["Editor", "Search", "__version__", "learn", "load", "load_recipe", "train_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from .recipe import load
 
         return load
+    if name == "learn":
+        from .learning import learn
+
+        return learn
     if name in ("Editor", "load", "train_run"):
         from . import run
 

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the work ran and its result is negative; 2 a mistake that 
 import errno
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -172,9 +173,19 @@ def _sweep(recipe: Any, folder: Path, *, resume: bool, dry_run: bool) -> None:
         raise typer.Exit(INTERRUPTED) from None
 
 
+Sources = Annotated[list[str] | None, typer.Option(help="What the picture shows; one each.")]
+Word = Annotated[str, typer.Option(help="Word of --source for what may change.")]
+Mask = Annotated[Path | None, typer.Option(help="White where the picture may change.")]
+Keeps = Annotated[bool, typer.Option("--mask-keeps", help="White in it must stay.")]
+CaseFolder = Annotated[Path | None, typer.Option(help="A folder in EditInfinity's layout.")]
+
+
 @app.command()
 def edit(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="A run folder or an adapter file.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", help="A run folder, an adapter file, or a recipe of editinfinity."),
+    ],
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE|KEY=VALUE", help="Pictures to edit, and settings.")
     ] = None,
@@ -186,7 +197,15 @@ def edit(
             help="What to change. Several: one per picture, or for one picture one after the other.",
         ),
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where the picture may change.")] = None,
+    source: Sources = None,
+    target_word: Word = "",
+    mask: Mask = None,
+    mask_keeps: Keeps = False,
+    caption: Annotated[
+        str | None, typer.Option(help="Without --source: auto, or a captioning model.", metavar="MODEL")
+    ] = None,
+    case: CaseFolder = None,
+    cases: Annotated[Path | None, typer.Option(help="A JSONL file of pictures and prompts.")] = None,
     at: Annotated[int | None, typer.Option(help="Take the weights saved at this step.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first result.", min=0)] = 0,
     count: Annotated[int, typer.Option(help="Results per picture, with seeds counting up.", min=1)] = 1,
@@ -206,25 +225,62 @@ def edit(
     own pixels where the edit changed nothing. backbone.KEY and config.KEY change what the run recorded. Sliders:
     skips=10,14, prompts=FILE, random_seeds=true, also=RUN@0.8, raw=true, grids=true, inversion=RUN, inversion.KEY=VALUE. Where
     several strengths are drawn, slider.html moves through them in a browser (page=false: not).
+
+    editinfinity, editinfinity-mask, editinfinity-auto: each picture is learnt by heart first, once; stages.KEY changes how.
+    Several --prompt are drawn one each. --cases: lines such as {"id": ..., "image": ..., "source_prompt": ..., "target_prompt": ...,
+    "target_word": ..., "mask": ...}; what was made before is not made again, and a failure does not stop the others.
     """
     from . import editing, generation
 
     pictures, settings = editing.tell_apart(images or [])
     options, overrides, of_inversion = editing.options(settings)
     request = generation.Request(
-        what=what,
-        at=at,
-        pictures=tuple(pictures),
-        prompts=tuple(instruction or ()),
+        what=what, at=at, pictures=tuple(pictures), prompts=tuple(instruction or ()), options=options,
         variants=editing.variants(seed=seed, count=count, scales=scale, steps=steps, options=options),
-        options=options,
-        mask=mask,
-        out=out,
-        overrides=tuple(overrides),
+        mask=mask, mask_keeps=mask_keeps, sources=tuple(source or ()), word=target_word, caption=caption,
+        case=case, cases=cases, out=out, overrides=tuple(overrides), of_inversion=tuple(of_inversion),
+    )  # fmt: skip
+    _print_all(generation.carry_out(request, _note))
+
+
+@app.command()
+def mask(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A run folder or a recipe of editinfinity.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE|KEY=VALUE", help="Pictures, and settings.")
+    ] = None,
+    source: Sources = None,
+    target_word: Word = "",
+    mask: Mask = None,
+    mask_keeps: Keeps = False,
+    case: CaseFolder = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("masks"),
+) -> None:
+    """Show where an edit may change a picture.
+
+    Without learning it: attention to a word over the picture, the mask that this makes, and how much of the picture is kept
+    where. config.threshold=0.4 makes the mask larger.
+    """
+    from . import editing, generation
+
+    pictures, settings = editing.tell_apart(images or [])
+    options, overrides, of_inversion = editing.options(settings)
+    request = generation.Request(
+        what=what, pictures=tuple(pictures), options=options, mask=mask, mask_keeps=mask_keeps,
+        sources=tuple(source or ()), word=target_word, case=case, out=out, overrides=tuple(overrides),
         of_inversion=tuple(of_inversion),
-    )
-    for path in generation.carry_out(request, _note):
-        print(path, flush=True)
+    )  # fmt: skip
+    _print_all(generation.regions(request, _note))
+
+
+def _print_all(paths: Iterable[Path]) -> None:
+    """Paths as they are written."""
+    try:
+        for path in paths:
+            print(path, flush=True)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _note(text: str) -> None:

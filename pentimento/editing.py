@@ -9,11 +9,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL.Image import Image
 
-from . import files, images, paste, schema
+from . import files, heatmaps, images, paste, schema
 from .errors import UserError, counted
 from .judges import Judge
 from .method import LARGEST_SEED
@@ -21,6 +21,10 @@ from .run import Editor
 from .scaling import Search
 from .schema import Origin
 
+White = Literal["change", "keep"]
+"""What white means in a mask."""
+SAME_ASPECT = 0.02
+"""Relative difference of aspects that are taken for equal."""
 RANDOM_SEEDS = 2**15 + 1
 """Seeds that ``random_seeds`` draws from, as published: 0 to 32768."""
 
@@ -84,13 +88,26 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One picture and all that is made of it."""
+class Asked:
+    """One picture and what is wanted of it."""
 
     source: Path
-    mask: Path | None
+    name: str
+    """Of its results."""
     instructions: tuple[str, ...]
     """Applied one after the other. Empty: the one that all pairs of the training shared."""
+    each: bool = False
+    """Each instruction is applied to the picture itself instead."""
+    mask: Path | None = None
+    mask_white: White = "change"
+    mask_scales: bool = False
+    """The mask may be of another size than the picture, as long as it has its aspect."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Asked):
+    """One picture and all that is made of it."""
+
     variants: tuple[Variant, ...]
     results: tuple[tuple[Path, ...], ...]
     """Of each variant the picture after each instruction."""
@@ -156,7 +173,7 @@ def plan(
     instructions: Sequence[str],
     variants: Sequence[Variant],
     out: Path,
-    mask: Path | None = None,
+    mask: tuple[Path | None, White] = (None, "change"),
     candidates: int = 1,
 ) -> list[Job]:
     """Open every picture and settle every name.
@@ -170,8 +187,20 @@ def plan(
     """
     if not pictures:
         raise UserError("name at least one picture to edit")
-    given = _per_picture(instructions, len(pictures))
-    total = len(given) * len(variants)
+    given = per_picture(instructions, len(pictures), "instruction")
+    sources = [Path(p) for p in pictures]
+    asked = [
+        Asked(source=source, name=stem, instructions=texts, mask=mask[0], mask_white=mask[1])
+        for source, stem, texts in zip(sources, stems(sources), given, strict=True)
+    ]
+    return jobs_of(asked, variants=variants, out=out, candidates=candidates)
+
+
+def jobs_of(
+    asked: Sequence[Asked], *, variants: Sequence[Variant], out: Path, candidates: int = 1
+) -> list[Job]:
+    """Open every picture and settle every name, for ``plan`` and as there."""
+    total = sum(len(one.instructions) if one.each else 1 for one in asked) * len(variants)
     suffix = out.suffix.lower()
     single = suffix in images.WRITABLE
     if suffix in images.READABLE and not single and not out.is_dir():
@@ -181,28 +210,25 @@ def plan(
     if single and total > 1:
         raise UserError(f"--out {out} is one file, but there are {total} results; name a folder")
     check_folder(out.parent if single else out)
-    stems = _stems([Path(p) for p in pictures])
     jobs = []
-    for name, stem, texts in zip(pictures, stems, given, strict=True):
-        source = Path(name)
-        _check_pictures(source, mask)
+    for one in asked:
+        _check_pictures(one)
+        texts = one.instructions
         results = (
             (_steps_to(out, len(texts)),)
             if single
-            else tuple(tuple(out / f"{name}.png" for name in _names(stem, texts, v)) for v in variants)
+            else tuple(tuple(out / f"{name}.png" for name in _names(one.name, texts, v)) for v in variants)
         )
         jobs.append(
             Job(
-                source=source,
-                mask=mask,
-                instructions=texts,
+                **vars(one),
                 variants=tuple(variants),
                 results=results,
                 every=not single,
-                sheet=out.with_name(f"{out.stem}-sheet.png") if single else out / f"{stem}-sheet.png",
+                sheet=out.with_name(f"{out.stem}-sheet.png") if single else out / f"{one.name}-sheet.png",
             )
         )
-    _check_outputs(jobs, mask, candidates)
+    check_outputs(jobs, candidates)
     return jobs
 
 
@@ -222,7 +248,12 @@ def execute(
     for job in jobs:
         texts = job.instructions or (editor.asked(None),)
         source = images.open_image(job.source)
-        mask = images.open_mask(job.mask) if job.mask else None
+        mask = images.open_mask(job.mask, white=job.mask_white) if job.mask else None
+        region = editor.region(source, mask=mask)
+        if region is not None and region.attention is not None:
+            mask = region.mask
+            stem = job.sheet.with_name(job.sheet.stem.removesuffix("-sheet"))
+            yield from heatmaps.save(region, source, stem)
         rows: list[list[Image]] = []
         for variant, paths in zip(job.variants, job.results, strict=True):
             work = _Work(
@@ -235,7 +266,8 @@ def execute(
             )
             rows.append([])
             for text, path in zip(texts, paths, strict=True):
-                result, written = work.make(rows[-1][-1] if rows[-1] else source, text, path)
+                before = rows[-1][-1] if rows[-1] and not job.each else source
+                result, written = work.make(before, text, path)
                 yield from written
                 if job.every or path == paths[-1]:
                     yield images.save_image(result, path)
@@ -300,13 +332,14 @@ def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequenc
     return images.sheet([[source, *(row[0] for row in rows)]], titles=["source", *titles], cell=cell)
 
 
-def _per_picture(instructions: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    texts = tuple(instructions)
+def per_picture(given: Sequence[str], count: int, what: str) -> list[tuple[str, ...]]:
+    """Texts that belong to each of ``count`` pictures; ``UserError`` where their number does not tell."""
+    texts = tuple(given)
     if count == 1 or len(texts) <= 1:
         return [texts] * count
     if len(texts) != count:
         raise UserError(
-            f"{counted(len(texts), 'instruction')} for {counted(count, 'picture')}: give one for all, one for each, or several for one picture"
+            f"{counted(len(texts), what)} for {counted(count, 'picture')}: give one for all, one for each, or several for one picture"
         )
     return [(text,) for text in texts]
 
@@ -323,20 +356,20 @@ def _steps_to(out: Path, count: int) -> tuple[Path, ...]:
     return (*(out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count)), out)
 
 
-def _stems(paths: Sequence[Path]) -> list[str]:
+def stems(paths: Sequence[Path]) -> list[str]:
     """Names of the results: the pictures' stems, with their folder's name where stems are equal."""
-    stems = [p.stem for p in paths]
-    if len(set(stems)) < len(stems):
-        stems = [
-            f"{p.parent.name}-{p.stem}" if p.parent.name and stems.count(p.stem) > 1 else p.stem
+    names = [p.stem for p in paths]
+    if len(set(names)) < len(names):
+        names = [
+            f"{p.parent.name}-{p.stem}" if p.parent.name and names.count(p.stem) > 1 else p.stem
             for p in paths
         ]
-    twice = sorted({s for s in stems if stems.count(s) > 1})
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(
             f"several pictures would be written as {twice[0]}.png; edit them one at a time, or rename them"
         )
-    return stems
+    return names
 
 
 def check_folder(folder: Path) -> None:
@@ -346,17 +379,27 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--out: {folder} cannot be made a folder, because {nearest} is a file")
 
 
-def _check_pictures(source: Path, mask: Path | None) -> None:
+def _check_pictures(asked: Asked) -> None:
     """Decode them once, and let go: many large pictures need not fit into memory together."""
-    size = images.open_image(source).size
-    if mask is not None and (other := images.open_mask(mask).size) != size:
+    size = images.open_image(asked.source).size
+    if asked.mask is None:
+        return
+    other = images.open_mask(asked.mask).size
+    same = (
+        abs(other[0] * size[1] / (other[1] * size[0]) - 1) < SAME_ASPECT
+        if asked.mask_scales
+        else other == size
+    )
+    if not same:
         sizes = " and ".join(f"{w}x{h}" for w, h in (other, size))
-        raise UserError(f"--mask {mask}: the mask and {source} must be of one size, but they are {sizes}")
+        raise UserError(
+            f"--mask {asked.mask}: the mask and {asked.source} must be of one size, but they are {sizes}"
+        )
 
 
-def _check_outputs(jobs: Sequence[Job], mask: Path | None, candidates: int) -> None:
+def check_outputs(jobs: Sequence[Job], candidates: int) -> None:
     """No result may replace a picture that was given, nor another result, as where sheets of earlier edits are edited too."""
-    inputs = {job.source.resolve() for job in jobs} | ({mask.resolve()} if mask else set())
+    inputs = {path.resolve() for job in jobs for path in (job.source, job.mask) if path}
     outputs: dict[Path, Path] = {}
     for job in jobs:
         steps = [path for paths in job.results for path in paths]

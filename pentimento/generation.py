@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from . import editing, images, lookup, page, photos, run, runfolder, schema, series, strips
+from . import editing, images, learning, lookup, page, photos, run, runfolder, schema, series, strips
+from .calibration import Calibration
 from .editing import Job, Options, Variant
 from .errors import UserError
 from .layouts import read_text
@@ -38,17 +39,29 @@ class Request:
     """One call of the command."""
 
     what: str
-    at: int | None
+    at: int | None = None
     pictures: tuple[str, ...]
-    prompts: tuple[str, ...]
-    variants: tuple[Variant, ...]
+    prompts: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
     options: Options
-    mask: Path | None
+    mask: Path | None = None
     out: Path
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     """Changes of the run's backbone and method."""
-    of_inversion: tuple[str, ...]
+    of_inversion: tuple[str, ...] = ()
     """Changes of the recipe that learns photographs by heart."""
+    mask_keeps: bool = False
+    """White in the mask is what must stay."""
+    sources: tuple[str, ...] = ()
+    """What the pictures show."""
+    word: str = ""
+    """Word of that for what may change."""
+    caption: str | None = None
+    """Model that says what pictures show of which nothing else does."""
+    case: Path | None = None
+    """Folder in EditInfinity's own layout."""
+    cases: Path | None = None
+    """File of cases."""
 
 
 def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
@@ -58,6 +71,17 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
     know.
     """
     options = request.options
+    what = learning.what_of(request.what, at=request.at, overrides=request.overrides)
+    if what is not None:
+        learnt = yield from learning.carry_out(what, request, say)
+        if request.cases is None:
+            yield from _beside(strips.of_jobs(learnt, None), request, None)
+        return
+    if request.sources or request.word or request.caption or request.case or request.cases:
+        _found(request)  # what is not there at all is said first
+        raise UserError(
+            "--source, --target-word, --caption, --case and --cases are for methods that learn the picture itself (editinfinity)"
+        )
     if request.pictures or not _found(request).method.generates:
         several = options.candidates
         jobs = editing.plan(
@@ -65,7 +89,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
             instructions=request.prompts,
             variants=request.variants,
             out=request.out,
-            mask=request.mask,
+            mask=(request.mask, "keep" if request.mask_keeps else "change"),
             candidates=several,
         )
         if not all(text.strip() for text in request.prompts) and not _found(request).method.generates:
@@ -76,7 +100,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
         jobs = learn(jobs, request, say)
         editor = _load(request, say)
         yield from editing.execute(jobs, editor, options, judge, say)
-        yield from _beside(strips.of_jobs(jobs, _skip(editor)), request, editor)
+        yield from _beside(strips.of_jobs(jobs, _skip(editor)), request, editor.calibration)
         return
     if request.mask is not None:
         raise UserError("--mask is for edits of pictures: name at least one picture to edit")
@@ -86,17 +110,26 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
     )
     editor = _load(request, say)
     yield from execute(drawn, editor)
-    yield from _beside(strips.of_drawn(drawn, _skip(editor)), request, editor)
+    yield from _beside(strips.of_drawn(drawn, _skip(editor)), request, editor.calibration)
 
 
-def _beside(made: Sequence[Strip], request: Request, editor: Editor) -> Iterator[Path]:
+def regions(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
+    """Write only where edits may change the pictures; yields each path when it is written."""
+    what = learning.what_of(request.what, overrides=request.overrides)
+    if what is None:
+        _found(request)
+        raise UserError(f"{request.what}: only editinfinity finds where a picture may change")
+    yield from learning.masks(what, request, say)
+
+
+def _beside(made: Sequence[Strip], request: Request, known: Calibration | None) -> Iterator[Path]:
     """Grids where they are asked for, and a page with sliders where there are several strengths."""
     folder = made[0].frames[0][1].parent
     if request.options.grids:
         for name, picture in strips.grids(made, str(request.what)):
             yield images.save_image(picture, folder / name)
     if request.options.page and len(made[0].frames) > 1:
-        runfolder.write_text(folder / page.NAME, page.page(made, editor.calibration))
+        runfolder.write_text(folder / page.NAME, page.page(made, known))
         yield folder / page.NAME
 
 

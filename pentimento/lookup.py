@@ -11,7 +11,7 @@ from . import recipe as recipe_
 from .errors import UserError
 from .method import Method, Theirs
 from .recipe import Recipe, Setup
-from .recipes import shipped
+from .recipes import names
 from .schema import Origin
 
 RECORDED = {"weights", "attention_bias"}
@@ -135,8 +135,10 @@ def place_of(path: Path, at: int | None) -> Path:
         raise UserError(
             f"--at takes a step of a run, but {path} is no run folder (it has no {runfolder.RECIPE})"
         )
-    if not path.exists() and str(path) in shipped():
+    if not path.exists() and str(path) in names():
         raise UserError(f"{path} is a recipe; train it first: pentimento train {path} data.root=FOLDER")
+    if not path.exists() and (near := schema.nearest(str(path), names())):
+        raise UserError(f"{path}: there is no such file or folder; is the recipe {near} meant?")
     return inspection.find(path)
 
 

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """Where an edit may change a picture; the pictures have the resolution that the method thinks in."""
+
+    mask: Image
+    """L, white where it may change."""
+    weights: Image
+    """L, white where it stays wholly as it is."""
+    attention: Tensor | None = None
+    """Map (H, W) of what the mask was made of, where it was not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One row of a data set; also the input of an edit. ``mask`` is L and white where the picture may change.
 
@@ -96,6 +108,11 @@ class Method(ABC):
     """Whether it makes pictures of a prompt alone (``edit`` of an example without source), and knows ``EditSettings.skip``."""
     per_photo: ClassVar[str] = ""
     """Recipe that is trained on each picture before it can be edited, for ``show_photo``; empty: none is needed."""
+    learns_picture: ClassVar[bool] = False
+    """Whether it is trained on the one picture that it edits, so that its recipe can be given to ``edit``. Its ``Config`` then has
+    source_prompt, target_prompt, region and word."""
+    only_edits: ClassVar[frozenset[str]] = frozenset()
+    """Fields of ``Config`` that what is learnt does not depend on."""
     main: ClassVar[str] = ""
     """The adapter that carries the edit, where there are several: what a lone file of weights is."""
 
@@ -125,6 +142,18 @@ class Method(ABC):
         raise UserError(
             f"{', '.join(map(str, theirs.files.values()))}: {type(self).__name__} takes LoRA files only"
         )
+
+    @classmethod
+    def base_digest(cls, backbone: Any) -> str:
+        """Changes with the weights of the base model that training reads; for methods that learn single pictures."""
+        raise NotImplementedError(f"{cls.__name__} learns no single pictures")
+
+    @classmethod  # noqa: B027 (for most, everything can)
+    def check_edit(cls, config: Any, example: Example, settings: EditSettings) -> None:
+        """Raise ``UserError`` for an edit that cannot work, as far as that is known without the base model."""
+
+    def check_text(self, prompt: str) -> None:  # noqa: B027 (FLUX cuts them)
+        """Raise ``UserError`` for a text that the base model cannot read whole; no weights are needed for it."""
 
     @abstractmethod
     def size(self, width: int, height: int) -> tuple[int, int]:
@@ -156,6 +185,10 @@ class Method(ABC):
     @abstractmethod
     def edit(self, example: Example, settings: EditSettings) -> Image:
         """Edit one picture with the current adapters; the result has the picture's size."""
+
+    def region(self, example: Example) -> Region | None:
+        """Where an edit may change the picture of an example; ``None``: everywhere."""
+        return None
 
     @abstractmethod
     def metadata(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Photographs learnt by heart, so that sliders can edit them: each once, in a run folder of its own in the user's cache.
+"""Photographs learnt by heart, so that they can be edited: each once, in a run folder of its own in the user's cache.
 
-The folder's name is a hash of the picture's pixels, of all settings of the training and of the base model.
+The folder's name is a hash of the picture's pixels, of all settings that the training depends on and of the base model.
 """
 
 import hashlib
@@ -8,14 +8,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 
 from . import checkpoint, images, recipes, runfolder, schema
 from . import recipe as recipe_
 from .errors import UserError
-from .flux import loading
-from .flux.config import FluxConfig
 from .pocket.weights import cache_folder
 from .recipe import Recipe, Setup
 
@@ -43,7 +42,7 @@ def recipe_for(setup: Setup, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -> Path:
-    """The run folder of what learnt a photograph by heart; trained unless it has been.
+    """The run folder of what learnt a photograph by heart for a slider; trained unless it has been.
 
     Args:
         picture: a file, or a picture of any mode.
@@ -53,10 +52,20 @@ def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -
     Raises:
         UserError: as ``run.train_run`` does.
     """
+    photo = images.open_image(picture) if isinstance(picture, Path) else images.take_image(picture)
+    return learn(photo, recipe_for(setup, overrides))
+
+
+def learn(photo: Image, recipe: Recipe) -> Path:
+    """The run folder of a recipe trained on an RGB picture, whatever its data section says; trained unless it has been.
+
+    Settings that only edits have are left at their defaults there: edits are given their own.
+
+    Raises:
+        UserError: as ``run.train_run`` does.
+    """
     from . import run  # the editor there calls this
 
-    photo = images.open_image(picture) if isinstance(picture, Path) else images.take_image(picture)
-    recipe = recipe_for(setup, overrides)
     folder = cache_folder() / FOLDER / key(photo, recipe)
     out = folder / "run"
     if (out / runfolder.RECIPE).is_file() and (out / checkpoint.WEIGHTS).is_dir():
@@ -64,9 +73,9 @@ def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -
     file = folder / "picture.png"
     if not file.is_file():
         images.save_image(photo, file)
-    raw = schema.plain(recipe)
+    raw = _trained(recipe)
     raw["data"]["root"] = str(file)
-    named = recipe_.build(raw, schema.Origin(name="recipe inversion"))
+    named = recipe_.build(raw, schema.Origin(name=f"recipe {recipe.method}"))
     run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file())
     # The optimizer's state is three times as large as the adapter, and this run has ended.
     shutil.rmtree(out / checkpoint.FOLDER)
@@ -75,12 +84,17 @@ def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -
 
 def key(photo: Image, recipe: Recipe) -> str:
     """What the folder of a photograph is called."""
-    plain = schema.plain(recipe)
+    plain = {k: v for k, v in _trained(recipe).items() if k not in ("about", "data", "watch")}
     plain["backbone"] = {k: v for k, v in plain["backbone"].items() if k not in NOT_IN_THE_KEY}
-    assert isinstance(recipe.backbone, FluxConfig), (
-        "no recipe that learns photographs is for another base model"
-    )
-    base = loading.locate(recipe.backbone, "dev").digest("transformer", "vae")
+    base = recipe_.method_class(recipe.method).base_digest(recipe.backbone)
     digest = hashlib.sha256(f"{photo.mode} {photo.size}".encode() + photo.tobytes())
     digest.update(json.dumps([plain, base], sort_keys=True).encode())
     return digest.hexdigest()[:24]
+
+
+def _trained(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain values without what only edits depend on."""
+    raw = schema.plain(recipe)
+    only_edits = recipe_.method_class(recipe.method).only_edits
+    raw["config"] = {k: v for k, v in raw["config"].items() if k not in only_edits}
+    return raw

@@ -139,7 +139,10 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def build(raw: Mapping[str, Any], origin: Origin) -> Recipe:
-    """A recipe from plain values; the method's own settings are parsed with its ``Config``."""
+    """A recipe from plain values; the method's own settings are parsed with its ``Config``. A stage of ``null`` is left out."""
+    stages = raw.get("stages")
+    if isinstance(stages, Mapping):
+        raw = {**raw, "stages": {name: stage for name, stage in stages.items() if stage is not None}}
     recipe = schema.parse(Recipe, _with_family(raw, origin), origin)
     recipe = dataclasses.replace(recipe, config=_config(recipe.method, recipe.config, origin))
     _check(recipe, origin)
@@ -214,7 +217,7 @@ def method_class(name: str, where: str = "method") -> type[Method]:
 
 def _find(name_or_path: str | Path) -> tuple[str, str]:
     """The text of a recipe and what to call it in messages."""
-    names = list(recipes.shipped())
+    names = recipes.names()
     if str(name_or_path) in names:
         return recipes.text(str(name_or_path)), f"recipe {name_or_path}"
     path = Path(name_or_path)

@@ -32,7 +32,7 @@ from .cache import Samples
 from .calibration import Calibration
 from .errors import UserError
 from .judges import Judge
-from .method import EditSettings, Example, Method
+from .method import EditSettings, Example, Method, Region
 from .monitor import Monitor
 from .recipe import Recipe, Setup
 
@@ -255,19 +255,14 @@ class Editor:
             raise UserError(f"{type(self.method).__name__} edits pictures: name at least one picture to edit")
         if how.get("skip") is not None and not self.method.generates:
             raise UserError(f"skip: {type(self.method).__name__} edits in all steps")
-        if mask is not None:
-            if not self.method.takes_mask:
-                raise UserError(
-                    f"mask: {type(self.method).__name__} may change the whole picture and takes no mask"
-                )
-            mask = images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
+        taken = None if mask is None else self._mask(mask)
         prompt = self.asked(instruction)
         settings = EditSettings(**how)
         settings = replace(settings, scale=settings.scale * self.unit)
         if source is not None and (inversion is not None or self.method.per_photo):
             self.method.show_photo(self._inversion(source) if inversion is None else Path(inversion))
         try:
-            return self.method.edit(Example(source=source, prompt=prompt, mask=mask, key=key), settings)
+            return self.method.edit(Example(source=source, prompt=prompt, mask=taken, key=key), settings)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
 
@@ -279,6 +274,28 @@ class Editor:
                 "inversion: name what knows the picture by heart, for nothing is known of the base model"
             )
         return photos.learnt(picture, self.setup)
+
+    def region(self, image: Image | str | Path, *, mask: Image | str | Path | None = None) -> Region | None:
+        """Where an edit may change a picture: the mask, or what the method finds; ``None``: everywhere.
+
+        Its mask can be given to edits of the picture, so that it is found only once.
+
+        Raises:
+            UserError: as in ``edit``.
+        """
+        source = _taken(image)
+        taken = None if mask is None else self._mask(mask)
+        try:
+            return self.method.region(Example(source=source, mask=taken))
+        except torch.OutOfMemoryError as error:
+            raise UserError(OUT_OF_MEMORY) from error
+
+    def _mask(self, mask: Image | str | Path) -> Image:
+        if not self.method.takes_mask:
+            raise UserError(
+                f"mask: {type(self.method).__name__} may change the whole picture and takes no mask"
+            )
+        return images.take_mask(mask) if isinstance(mask, PIL.Image.Image) else images.open_mask(mask)
 
     def asked(self, instruction: str | None) -> str:
         """The instruction, or the default where none is given; ``UserError`` where there is no default."""
@@ -350,7 +367,13 @@ def load(
     changes = [f"backbone.weights={weights}"] * (weights is not None) + [f"backbone.device={device}"] * (
         device is not None
     )
-    found = lookup.find(what, at=at, overrides=[*changes, *overrides])
+    return opened(lookup.find(what, at=at, overrides=[*changes, *overrides]), also=also, raw=raw)
+
+
+def opened(
+    found: lookup.Found, *, also: Sequence[tuple[str | Path, float]] = (), raw: bool = False
+) -> Editor:
+    """An editor of what ``lookup.find`` found; arguments and errors are those of ``load``."""
     setup = found.setup
     try:
         method = recipe_.method_class(setup.method).load(setup.backbone, setup.config)

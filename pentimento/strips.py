@@ -56,22 +56,24 @@ def of_drawn(drawn: "Sequence[Drawn]", skip: int | None) -> list[Strip]:
 
 
 def of_jobs(jobs: "Sequence[Job]", skip: int | None) -> list[Strip]:
-    """The same of edited pictures; of several instructions the last result."""
+    """The same of edited pictures; of several instructions that follow each other the last result."""
     found = []
     for job in jobs:
-        rows: dict[tuple[int, int | None], list[tuple[float, Path]]] = {}
+        titles = job.instructions if job.each else (", then ".join(job.instructions) or job.source.stem,)
+        rows: dict[tuple[str, int, int | None], list[tuple[float, Path]]] = {}
         for variant, paths in zip(job.variants, job.results, strict=True):
-            rows.setdefault((variant.seed, variant.skip), []).append((variant.scale, paths[-1]))
+            for title, path in zip(titles, paths if job.each else paths[-1:], strict=True):
+                rows.setdefault((title, variant.seed, variant.skip), []).append((variant.scale, path))
         found += [
             Strip(
-                title=", then ".join(job.instructions) or job.source.stem,
+                title=title,
                 seed=seed,
                 skip=skip if own is None else own,
                 name=frames[0][1].stem.replace(f"-scale{frames[0][0]:g}", ""),
                 frames=tuple(frames),
                 source=job.source,
             )
-            for (seed, own), frames in rows.items()
+            for (title, seed, own), frames in rows.items()
         ]
     return found
 

@@ -11,7 +11,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from pentimento.infinity.tokenizer import Tokenizer, TokenizerConfig
 from pentimento.infinity.transformer import InfinityTransformer, TransformerConfig
 
-BITS, TEXT_LENGTH = 8, 24
+BITS, TEXT_LENGTH = 8, 64
 TRANSFORMER = TransformerConfig(
     width=32, heads=2, hidden=64, chunks=(2, 2), bits=BITS, text_width=32, text_length=TEXT_LENGTH, text_heads=2
 )  # fmt: skip

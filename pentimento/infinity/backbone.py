@@ -51,7 +51,7 @@ class Infinity:
         self.device = device
         self.dtype = dtype
         self._tokenizer: Tokenizer | None = None
-        self._text: tuple[Any, Any] | None = None
+        self._text: Any = None
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
@@ -121,12 +121,16 @@ class Infinity:
         return self._tokenizer
 
     @property
-    def text(self) -> tuple[Any, Any]:
-        """T5's tokenizer and its encoder, on the device; read on first use."""
+    def text(self) -> Any:
+        """T5's encoder, on the device; read on first use."""
         if self._text is None:
-            words, encoder = loading.load_text(self.weights, self.dtype)
-            self._text = words, encoder.to(self.device)
+            self._text = loading.load_text(self.weights, self.dtype).to(self.device)
         return self._text
+
+    @cached_property
+    def words(self) -> Any:
+        """T5's tokenizer."""
+        return loading.load_words(self.weights)
 
     def release_encoders(self) -> None:
         """Free the text encoder and the visual tokenizer; prompts encoded lately stay known."""
@@ -161,10 +165,9 @@ class Infinity:
         """
 
         def encode(missing: list[str]) -> list[Tensor]:
-            words, encoder = self.text
             length = self.native_text_length
-            given = words(missing, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            states = encoder(**given.to(self.device)).last_hidden_state.float()
+            given = self.words(missing, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            states = self.text(**given.to(self.device)).last_hidden_state.float()
             counts = given.attention_mask.sum(1).tolist()
             return [row[:count].clone() for row, count in zip(states, counts, strict=True)]
 

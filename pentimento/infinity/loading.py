@@ -353,16 +353,18 @@ def load_tokenizer(weights: Weights) -> Tokenizer:
     )
 
 
-def load_text(weights: Weights, dtype: torch.dtype) -> tuple[Any, Any]:
-    """T5's tokenizer and encoder."""
+def load_words(weights: Weights) -> Any:
+    """T5's tokenizer."""
+    return pretrained.read_tokenizer(weights.text.folder / weights.text.tokenizer)
+
+
+def load_text(weights: Weights, dtype: torch.dtype) -> Any:
+    """T5's encoder."""
     text = weights.text
-    tokenizer = pretrained.read_tokenizer(text.folder / text.tokenizer)
     # As for FLUX: torch's fused attention takes T5's position bias through a coarser kernel.
     options = {"attn_implementation": "eager", "use_safetensors": True}
     where = text.folder / text.encoder
-    return tokenizer, pretrained.read_model(
-        T5EncoderModel, text.folder, text.encoder, dtype, where, **options
-    )
+    return pretrained.read_model(T5EncoderModel, text.folder, text.encoder, dtype, where, **options)
 
 
 def _filled(model: M, path: Path, cast: Callable[[str, Tensor], Tensor]) -> M:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 
+from .. import schema
 from ..errors import UserError
+from ..method import Region
 from .quantizer import up
 from .scales import Schedule
 
@@ -51,10 +53,29 @@ class AttentionMap:
         return self._sum / self._count
 
 
-def token_span(prompt: str, phrase: str, word_ids: Sequence[int | None]) -> tuple[int, int]:
-    """First token of a word or phrase in a prompt, and the one after its last; where it occurs twice, the last time.
+def find_words(prompt: str, phrase: str) -> range:
+    """Which of a prompt's words, counted at white space, a word or phrase is; where it occurs twice, the last time.
 
     Case and punctuation around words do not count.
+
+    Raises:
+        UserError: it does not occur.
+    """
+    words, wanted = (
+        [word.strip(string.punctuation).casefold() for word in text.split()] for text in (prompt, phrase)
+    )
+    starts = [i for i in range(len(words)) if wanted and words[i : i + len(wanted)] == wanted]
+    if not starts:
+        near = schema.nearest(phrase, words)
+        raise UserError(
+            f"--target-word (config.word): {phrase!r} does not occur in the picture's caption, {prompt!r} (--source,"
+            f" config.source_prompt); {f'did you mean {near!r}?' if near else 'name a word that does'}"
+        )
+    return range(starts[-1], starts[-1] + len(wanted))
+
+
+def token_span(prompt: str, phrase: str, word_ids: Sequence[int | None]) -> tuple[int, int]:
+    """First token of a word or phrase in a prompt, and the one after its last.
 
     Args:
         word_ids: of every token the word it is part of, counted at white space; ``None`` for the end token.
@@ -62,16 +83,10 @@ def token_span(prompt: str, phrase: str, word_ids: Sequence[int | None]) -> tupl
     Raises:
         UserError: the phrase does not occur, or only where the prompt was cut.
     """
-    words, wanted = (
-        [word.strip(string.punctuation).casefold() for word in text.split()] for text in (prompt, phrase)
-    )
-    starts = [i for i in range(len(words)) if wanted and words[i : i + len(wanted)] == wanted]
-    chosen = range(starts[-1], starts[-1] + len(wanted)) if starts else range(0)
+    chosen = find_words(prompt, phrase)
     tokens = [token for token, word in enumerate(word_ids) if word is not None and word in chosen]
     if not tokens:
-        raise UserError(
-            f"config.word: {phrase!r} does not occur in config.source_prompt, {prompt!r}; name a word that does, as it is there"
-        )
+        raise UserError(f"config.word: the model's text ends before {phrase!r}; shorten {prompt!r}")
     return tokens[0], tokens[-1] + 1
 
 
@@ -81,9 +96,18 @@ def region_of_attention(attention: Tensor, threshold: float) -> Tensor:
     return attention > low + threshold * (high - low)
 
 
-def region_of_mask(mask: Image) -> Tensor:
+def region_of_mask(mask: Image.Image) -> Tensor:
     """The white pixels of a mask of mode L."""
     return torch.from_numpy(np.asarray(mask) >= WHITE)
+
+
+def describe(region: Tensor, weight: Tensor, attention: Tensor | None) -> Region:
+    """A region with its weights (H, W) for other programs and for people."""
+    return Region(
+        mask=Image.fromarray(region.cpu().numpy().astype(np.uint8) * 255),
+        weights=Image.fromarray((weight.cpu() * 255).round().byte().numpy()),
+        attention=attention,
+    )
 
 
 def weights(region: Tensor, schedule: Schedule) -> Tensor:

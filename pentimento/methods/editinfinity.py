@@ -21,14 +21,14 @@ from torch import Tensor
 from .. import images
 from ..adapters import Adapters, LoRA
 from ..errors import UserError
-from ..infinity import authored, regions
+from ..infinity import authored, loading, regions
 from ..infinity.backbone import Codes, Infinity, extend
 from ..infinity.config import InfinityConfig
 from ..infinity.quantizer import RandomFlips, to_tokens
 from ..infinity.sampling import Interventions, Sampling
 from ..infinity.scales import LENGTHS, Schedule, nearest_ratio
 from ..infinity.transformer import Text, bit_cross_entropy, drop_path
-from ..method import EditSettings, Example, Method, Theirs
+from ..method import EditSettings, Example, Method, Region, Theirs
 
 if TYPE_CHECKING:
     from ..train import Draws
@@ -39,6 +39,12 @@ NAMES = {authored.ROWS: PROMPT, authored.LORA: LORA}
 INSTRUCTION = "{prompt}, the language style of this prompt is"
 """What the learnt rows follow, as published."""
 FEED_FORWARD = r".*\.ffn\.fc[12]"
+SMALLEST = 24
+"""Pixels of a side of the smallest picture that is taken."""
+LONGEST = 4
+"""Longest aspect that is squeezed into the tabled ones, which end at 3."""
+SHOWN = 60
+"""Characters of a text in messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,10 @@ class EditInfinity(Method):
 
     family = "infinity"
     takes_mask = True
+    learns_picture = True
+    only_edits = frozenset(
+        {"target_prompt", "region", "word", "threshold", "use", "cfg", "tau", "top_p"}
+    )  # fmt: skip
     main = LORA
 
     @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,8 @@ class EditInfinity(Method):
         kl_weight: float = 2e-7
         """While the LoRA is trained: weight of the second term of the loss, which the published code calls a KL divergence. It is
         the cross entropy again, summed over all tokens and bits with equal weights."""
+        use: Literal["both", "rows", "lora"] = "both"
+        """What of it acts in edits: both; rows (the LoRA does not); lora (the prompt goes without the learnt rows)."""
         cfg: float = 4.0
         """Classifier-free guidance of edits; 1 is none."""
         tau: float = 0.5
@@ -179,6 +191,12 @@ class EditInfinity(Method):
         infinity = Infinity.outline(backbone)
         return None if infinity is None else cls(infinity, config)
 
+    @classmethod
+    def base_digest(cls, backbone: InfinityConfig) -> str:
+        """Of the transformer, the visual tokenizer and the text encoder."""
+        weights = loading.locate(backbone)
+        return f"{weights.digest()}-{weights.encoder_digest()}"
+
     def __init__(self, backbone: Infinity, config: Any):
         self.infinity, self.config = backbone, config
         self.pixels = config.size or backbone.native_size
@@ -218,6 +236,16 @@ class EditInfinity(Method):
     def _scaled(self, picture: Image) -> Image:
         return images.resize(images.to_rgb(picture), self.size(*picture.size))
 
+    def check_text(self, prompt: str) -> None:
+        """Raise ``UserError`` for a caption that, with what the learnt rows follow, is longer than the model's text."""
+        count = len(self.infinity.words(self._instructed(prompt)).input_ids)
+        if count > self.infinity.native_text_length:
+            with_rows = ", with what the learnt rows follow," if self.config.rows else ""
+            shown = prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}..."
+            raise UserError(
+                f"a text{with_rows} has {count} tokens, but this model reads {self.infinity.native_text_length}; shorten {shown!r}"
+            )
+
     def text(self, prompt: str) -> str:
         """The text of training: the caption of the picture, with what the learnt rows follow."""
         return self._instructed(self.config.source_prompt or prompt)
@@ -233,6 +261,8 @@ class EditInfinity(Method):
         """
         if not (self.config.source_prompt or all(prompts)):
             raise UserError('say what the picture shows: config.source_prompt="..."')
+        for prompt in prompts:
+            self.check_text(self.config.source_prompt or prompt)
         text = self.infinity.encode_prompts([self.text(prompt) for prompt in prompts])
         missing = self.infinity.native_text_length - text.features.shape[1]
         return {
@@ -306,25 +336,22 @@ class EditInfinity(Method):
         Scale 0 is the base model, without the learnt rows.
 
         Raises:
-            UserError: no picture, no mask where the configuration asks for one, a word that the caption does not have, or steps.
+            UserError: no picture, no mask where the configuration asks for one, a word that the caption does not have, a prompt
+                that is too long, or steps.
         """
         source, infinity = self._source(example), self.infinity
-        if settings.steps is not None:
-            raise UserError(
-                "steps: Infinity draws a picture in the scales of its size, not in steps; leave it out"
-            )
+        self.check_edit(self.config, example, settings)
+        self.check_text(example.prompt)
         schedule = self.schedule(*source.size)
-        self._check(example)
-        codes, weight = None, None
+        seams = Interventions()
         if example.mask is not None or self.config.region == "word":
             codes = self._codes(example, source, schedule)
-            weight = regions.weights(self._region(example, codes, schedule), schedule).to(infinity.device)
-        seams = Interventions() if codes is None or weight is None else blending(codes, weight)
-        self.adapters.use(**{LORA: settings.scale})  # type: ignore[arg-type]
-        text = infinity.encode_prompts(
-            [self._instructed(example.prompt) if settings.scale else example.prompt]
-        )
-        if settings.scale:
+            weight = regions.weights(self._region(example, codes, schedule)[0], schedule)
+            seams = blending(codes, weight.to(infinity.device))
+        with_rows = bool(settings.scale) and self.config.use != "lora"
+        self.adapters.use(**{LORA: settings.scale if self.config.use != "rows" else 0.0})  # type: ignore[arg-type]
+        text = infinity.encode_prompts([self._instructed(example.prompt) if with_rows else example.prompt])
+        if with_rows:
             text = self._with_rows(text)
         cfg = self.config.cfg if settings.guidance is None else settings.guidance
         sampling = Sampling(cfg=cfg, tau=self.config.tau, top_p=self.config.top_p)
@@ -347,8 +374,15 @@ class EditInfinity(Method):
             bits=[each.to(device) for each in given.bits], codes=[each.to(device) for each in given.codes]
         )
 
-    def _check(self, example: Example) -> None:
-        config = self.config
+    @classmethod
+    def check_edit(cls, config: Any, example: Example, settings: EditSettings) -> None:
+        """Raise ``UserError`` for a picture that is too small, a mask or word that is missing, or steps."""
+        if settings.steps is not None:
+            raise UserError(
+                "steps: Infinity draws a picture in the scales of its size, not in steps; leave it out"
+            )
+        if example.source is not None:
+            _check_size(example.key or "the picture", *example.source.size)
         if example.mask is not None or config.region == "whole":
             return
         if config.region == "mask":
@@ -357,20 +391,36 @@ class EditInfinity(Method):
             )
         if not (config.word and config.source_prompt):
             raise UserError(
-                "config.region is word: give the picture's caption as config.source_prompt and a word of it as config.word"
+                "config.region is word: give the picture's caption as config.source_prompt (--source) and a word of it as"
+                " config.word (--target-word)"
             )
+        regions.find_words(config.source_prompt, config.word)
 
-    def _region(self, example: Example, codes: Codes, schedule: Schedule) -> Tensor:
-        """Where the picture may change: the mask that is given, else where the base model looks for the word."""
+    @torch.no_grad()
+    def region(self, example: Example) -> Region | None:
+        """The mask that is given, else where the base model looks for the word; with the weights of the source's codes."""
+        source = self._source(example)
+        self.check_edit(self.config, example, EditSettings())
+        if example.mask is None and self.config.region == "whole":
+            return None
+        schedule = self.schedule(*source.size)
+        codes = self._codes(example, source, schedule)
+        region, attention = self._region(example, codes, schedule)
+        return regions.describe(region, regions.weights(region, schedule), attention)
+
+    def _region(self, example: Example, codes: Codes, schedule: Schedule) -> tuple[Tensor, Tensor | None]:
+        """Where the picture may change, of any resolution, and the attention that says so."""
         if example.mask is not None:
-            return regions.region_of_mask(example.mask)
-        return regions.region_of_attention(self.attention(codes, schedule), self.config.threshold)
+            return regions.region_of_mask(example.mask), None
+        attention = self.attention(codes, schedule)
+        return regions.region_of_attention(attention, self.config.threshold), attention
 
     def attention(self, codes: Codes, schedule: Schedule) -> Tensor:
         """Map (H, W) of where the base model, which is led through the source's codes, looks for the word."""
         config, infinity = self.config, self.infinity
-        words, _ = infinity.text
-        encoded = words(config.source_prompt, truncation=True, max_length=infinity.native_text_length)
+        encoded = infinity.words(
+            config.source_prompt, truncation=True, max_length=infinity.native_text_length
+        )
         seen = regions.AttentionMap(
             schedule, regions.token_span(config.source_prompt, config.word, encoded.word_ids())
         )
@@ -410,6 +460,17 @@ class EditInfinity(Method):
     def base(self) -> dict[str, Any]:
         """Family, name and digest of the Infinity weights, and whether their attention has its biases."""
         return self.infinity.describe()
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if min(width, height) < SMALLEST:
+        raise UserError(
+            f"{name}: {width}x{height} is too small to be learnt and edited; its sides must be at least {SMALLEST} pixels"
+        )
+    if max(width, height) > LONGEST * min(width, height):
+        raise UserError(
+            f"{name}: {width}x{height} is too long; Infinity draws up to 3:1, so cut it to at most {LONGEST}:1"
+        )
 
 
 def blending(codes: Codes, weight: Tensor) -> Interventions:

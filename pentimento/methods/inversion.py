@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters import LoRA
 from ..errors import UserError
+from ..flux import loading
 from ..flux.backbone import Flux
 from ..flux.dev import CONTENT, Drawing
 from ..flux.sampling import VelocityFn
@@ -38,6 +39,11 @@ class Inversion(PairMethod):
         """flow: the picture fades as the noise comes, as FLUX was trained; preserving: it keeps its full strength (PairEdit)."""
         skip: int = -1
         """The adapter acts from the step after this one on, counted from 0; -1: in all."""
+
+    @classmethod
+    def base_digest(cls, backbone: Any) -> str:
+        """Of the transformer and the autoencoder."""
+        return loading.locate(backbone, "dev").digest("transformer", "vae")
 
     @classmethod
     def loras(cls, config: Any) -> Mapping[str, LoRA]:

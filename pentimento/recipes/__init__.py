@@ -7,10 +7,13 @@ from .. import schema
 
 def shipped() -> dict[str, str]:
     """Names of the recipes that come with the package, each with what it is for; nothing else is checked."""
-    names = sorted(
-        f.name.removesuffix(".yaml") for f in resources.files(__name__).iterdir() if f.name.endswith(".yaml")
-    )
-    return {name: str(schema.read(text(name), name)[0].get("about", "")) for name in names}
+    return {name: str(schema.read(text(name), name)[0].get("about", "")) for name in names()}
+
+
+def names() -> list[str]:
+    """Only the names, without reading the recipes."""
+    files = (file.name for file in resources.files(__name__).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def text(name: str) -> str:

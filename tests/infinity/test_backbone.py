@@ -60,11 +60,11 @@ def test_prompts_are_their_own_tokens(infinity: Infinity) -> None:
     for row, prompt in enumerate(PROMPTS):
         alone = infinity.encode_prompts([prompt])
         close(one(together, row).features, alone.features)
-        assert alone.features.shape[1] == len(infinity.text[0](prompt).input_ids)  # the end token included
+        assert alone.features.shape[1] == len(infinity.words(prompt).input_ids)  # the end token included
 
 
 def test_long_prompts_are_cut(infinity: Infinity) -> None:
-    assert infinity.encode_prompts(["a b c " * 20]).features.shape == (1, TEXT_LENGTH, 32)
+    assert infinity.encode_prompts(["a b c " * 40]).features.shape == (1, TEXT_LENGTH, 32)
 
 
 def test_prompts_stay_known_without_the_encoder(infinity: Infinity, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_scales_may_differ_in_guidance(infinity: Infinity, seen: list[Tensor]) -
 
 
 def test_texts_longer_than_the_rows_for_no_text(infinity: Infinity) -> None:
-    text = extend(infinity.encode_prompts(["a b c " * 20]), torch.randn(4, 32))
+    text = extend(infinity.encode_prompts(["a b c " * 40]), torch.randn(4, 32))
     assert infinity.transformer.without_text(text).features.shape[1] == TEXT_LENGTH
     assert infinity.generate(text, SCHEDULE, Sampling(cfg=2.0), seed=0).z.isfinite().all()
 

@@ -99,7 +99,7 @@ def test_outline_has_the_shapes_and_no_weights(infinity: Infinity, infinity_conf
     assert outline is not None and all(p.is_meta for p in outline.transformer.parameters())
     shapes = [{k: v.shape for k, v in each.transformer.state_dict().items()} for each in (outline, infinity)]
     assert shapes[0] == shapes[1] and outline.describe() == infinity.describe()
-    assert outline.native_size == "0.06M" and outline.native_text_length == 24
+    assert outline.native_size == "0.06M" and outline.native_text_length == 64
 
 
 def test_pickles_are_read_as_they_are_published(published: Path, infinity: Infinity) -> None:

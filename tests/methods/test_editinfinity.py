@@ -127,6 +127,23 @@ def test_scale_0_is_the_base_model(infinity: Infinity, picture: Callable[..., Im
     assert not np.array_equal(base, edit.edit(example, EditSettings()))
 
 
+def test_either_half_of_what_was_learnt(infinity: Infinity, picture: Callable[..., Image.Image]) -> None:
+    """Without its LoRA and without its rows, as if they had not been trained or were not there."""
+    edit, example = method(infinity), Example(source=picture(0, 80, 80), prompt="a dog")
+    both = edit.edit(example, EditSettings())
+    edit.config = replace(edit.config, use="lora")
+    lora = edit.edit(example, EditSettings())
+    edit.config = replace(edit.config, use="rows")
+    rows = edit.edit(example, EditSettings())
+    assert len({each.tobytes() for each in (both, lora, rows)}) == 3
+    for parameter in edit.adapters.parameters("lora"):
+        parameter.data.zero_()
+    edit.config = replace(edit.config, use="both")
+    assert np.array_equal(edit.edit(example, EditSettings()), rows)
+    edit.config = replace(edit.config, use="lora")
+    assert np.array_equal(edit.edit(example, EditSettings()), edit.edit(example, EditSettings(scale=0)))
+
+
 def test_mistakes_of_edits(infinity: Infinity, picture: Callable[..., Image.Image]) -> None:
     example = Example(source=picture(0, 80, 80), prompt="a dog")
     edit = method(infinity)
@@ -181,7 +198,7 @@ def test_attention_to_a_word(infinity: Infinity, picture: Callable[..., Image.Im
     seen = regions.AttentionMap(TALL, (0, count))
     edit.look(text, codes.codes, TALL, seen)
     torch.testing.assert_close(seen.mean(), torch.full(TALL.grids[-1], 1 / count))
-    words = infinity.text[0](CAPTION).word_ids()
+    words = infinity.words(CAPTION).word_ids()
     assert regions.token_span(CAPTION, "red mat", words) == (
         words.index(4), len(words) - 1
     )  # fmt: skip
