@@ -60,15 +60,27 @@ class Whole(nn.Module):
                 (scale, self.modules_to_save[name].get_parameter(key)) for name, scale in self.scales.items()
             ]
             if len(trained) == 1 and trained[0][0] == 1:
-                weights[key] = trained[0][1].to(
-                    base.dtype
-                )  # base + (trained - base) is not trained bit for bit
+                # base + (trained - base) is not trained bit for bit.
+                weights[key] = trained[0][1].to(base.dtype)
             else:
                 start = base.float()
                 weights[key] = (start + sum(scale * (value - start) for scale, value in trained)).to(
                     base.dtype
                 )
         return weights
+
+
+def bare(host: nn.Module) -> nn.Module:
+    """A host without its adapters, on its very weights: not one of them is in memory twice."""
+    shared = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
+    twin = copy.deepcopy(host, shared)
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, LoraLayer):
+            twin.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, Whole):
+            twin.set_submodule(path, module.original_module)
+    vars(twin).pop("peft_config", None)
+    return twin
 
 
 class Adapters:
@@ -94,13 +106,9 @@ class Adapters:
         self._check_targets(spec)
         config = LoraConfig(r=spec.rank, target_modules=specs.targets(spec))
         config.lora_alpha = spec.scaled  # type: ignore[assignment]  # declared int, used as a number
-        with (
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):  # peft draws a start that `_reset` replaces
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config`"
-            )  # several adapters are wanted
+        # peft draws a start that `_reset` replaces, and warns of several adapters.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, self.host, adapter_name=name)
             for path, experts in self._expert_layers(spec).items():
                 moe.install(self.host.get_submodule(path), name, experts)

@@ -16,6 +16,7 @@ from . import recipe as recipe_
 from .errors import UserError
 from .flux import loading
 from .flux.config import FluxConfig
+from .method import Method
 from .pocket.weights import cache_folder
 from .recipe import Recipe, Setup
 
@@ -42,13 +43,16 @@ def recipe_for(setup: Setup, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_.build(raw, recipe_.override(raw, origin, overrides))
 
 
-def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -> Path:
+def learnt(
+    picture: Image | Path, setup: Setup, overrides: Sequence[str] = (), on: Method | None = None
+) -> Path:
     """The run folder of what learnt a photograph by heart; trained unless it has been.
 
     Args:
         picture: a file, or a picture of any mode.
         setup: the slider's, see ``run.load``.
         overrides: ``key=value`` changes of the recipe ``inversion``, such as ``stages.inversion.steps=300``.
+        on: the slider, where it is in memory: the photograph is learnt on its weights, if that is possible.
 
     Raises:
         UserError: as ``run.train_run`` does.
@@ -67,7 +71,8 @@ def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -
     raw = schema.plain(recipe)
     raw["data"]["root"] = str(file)
     named = recipe_.build(raw, schema.Origin(name="recipe inversion"))
-    run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file())
+    method = on and on.learner(recipe_.method_class(named.method), named.config)
+    run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file(), method=method)
     # The optimizer's state is three times as large as the adapter, and this run has ended.
     shutil.rmtree(out / checkpoint.FOLDER)
     return out
