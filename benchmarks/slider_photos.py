@@ -1,7 +1,7 @@
 """Sliders on pictures that are given: drawn faces, of which all is known, and photographs.
 
 python -m benchmarks.slider_photos --out FOLDER [--tasks smile,add-glasses] [--faces 10] [--photographs FOLDER] [--steps 500]
-  [--name NAME] [--captions] [--prompt TEXT] [config.KEY=VALUE inversion.KEY=VALUE ...]
+  [--scales 0.5,1,1.5] [--name NAME] [--captions] [--prompt TEXT] [config.KEY=VALUE inversion.KEY=VALUE ...]
 
 Each slider is trained from three pairs of the train split and calibrated, as in ``benchmarks.sliders``. The faces are of the test
 split; each is learnt by heart by the recipe ``inversion``, drawn again, and edited at calibrated scales. Every attribute is read off the
@@ -23,15 +23,14 @@ from PIL import Image, ImageOps
 import pentimento
 from benchmarks.sliders import RAW, Cell, cell_text, change_of, settings, trained, words
 from pentimento import calibrate, images, metrics, photos, runfolder
+from pentimento.editing import scale_values
 from pentimento.pocket import dataset, faces, readout, score
 from pentimento.pocket.faces import Change
 from pentimento.pocket.tasks import Case, cases
 from pentimento.run import Editor
 
-SCALES = (0.0, 0.5, 1.0, 1.5)
-"""Calibrated ones."""
 ASKED = 1.0
-"""The scale that is measured."""
+"""The calibrated scale that is measured."""
 HAPPENED = 0.5
 """Of a shown change: from here on it counts as made."""
 SIDE = 128
@@ -141,11 +140,11 @@ def measure(
         psnr["drawn again"].append(similarity(subject.picture, again))
         psnr["encode and decode"].append(similarity(subject.picture, codec(subject.picture)))
         for one in sliders:
-            made = {scale: again if scale == 0 else drawn(subject, one, scale) for scale in SCALES}
-            rows[-1] += [made[scale] for scale in SCALES[1:]]
+            made = {0.0: again} | {scale: drawn(subject, one, scale) for scale in args.scales}
+            rows[-1] += [made[scale] for scale in args.scales]
             if known:
                 looks[one.task].append(read(known[number], one, made))
-    titles = ["picture", "scale 0", *(f"{one.task} {scale:g}" for one in sliders for scale in SCALES[1:])]
+    titles = ["picture", "scale 0", *(f"{one.task} {scale:g}" for one in sliders for scale in args.scales)]
     kind = "faces" if known else "photographs"
     file = args.out / args.name / f"{kind}.png"
     images.save_image(images.sheet(rows, titles=titles, cell=SIDE), file)
@@ -186,6 +185,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--photographs", type=Path, help="a folder of pictures")
     parser.add_argument("--steps", type=int, default=500, help="of a slider's training")
     parser.add_argument("--calibration-faces", type=int, default=6)
+    parser.add_argument(
+        "--scales", default="0.5,1,1.5", help="calibrated ones, 1 among them", type=scale_values
+    )
     parser.add_argument("--name", default="as-published", help="of the folder with the results")
     parser.add_argument("--prompt", help="for all pictures; default: the slider's own")
     parser.add_argument("--captions", action="store_true", help="each face's caption as its prompt")

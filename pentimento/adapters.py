@@ -413,13 +413,8 @@ class Adapters:
                 trained.get_parameter(key).data.copy_(value)
 
     def _check_name(self, name: str) -> None:
-        if not name.isidentifier() or name in (
-            "frozen",
-            "tensors",
-            "modules_to_save",
-            "original_module",
-            "base_layer",
-        ):
+        taken = ("frozen", "tensors", "modules_to_save", "original_module", "base_layer")
+        if not name.isidentifier() or name in taken:
             raise ValueError(f"{name!r} cannot be the name of an adapter")
         if name in self.specs or name in self.tensors:
             raise ValueError(f"there is an adapter {name!r} already")

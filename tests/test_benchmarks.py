@@ -1,14 +1,16 @@
 """What benchmarks reuse and compare with."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks import photographs, quality, sliders
+from benchmarks import photographs, quality, slider_photos, sliders
 from pentimento.flux.backbone import Flux
 from pentimento.methods.influxedit import InFluxEdit
+from pentimento.pocket import score
 
 
 def test_drawn_pairs_are_reused_for_the_same_settings_only() -> None:
@@ -81,3 +83,29 @@ def test_exemplars_of_a_cell_show_one_change() -> None:
         assert len(exemplars) == cell.pairs and sliders.change_of(exemplars)
         assert cell.task == "smile" or len({str(case.wanted) for case in exemplars}) == 1
     assert cells[0].exemplars() != cells[1].exemplars()
+
+
+def test_a_slider_on_a_given_face_is_read_off_its_truth() -> None:
+    found = [
+        slider_photos.Slider(task=task, editor=None, change=sliders.change_of(cell.exemplars()))
+        for task in ("smile", "add-glasses")
+        for cell in [sliders.Cell(method="pairedit", task=task, pairs=3, draw=0)]
+    ]
+    (case,) = slider_photos.drawn_faces(found, 1)
+    assert case.source["smile"] < 0 and not case.source["glasses"]
+    for one in found:
+        after = replace(case, source=case.source | one.change.wanted)
+        source, target = (score.pictures([each], "source", 64)[0] for each in (case, after))
+        right = slider_photos.read(case, one, {0.0: source, 1.0: target})
+        assert (right["happened"], right["kept"], right["kept at scale 0"]) == (1, 1, 1)
+        assert right["reached"] == pytest.approx(1, abs=0.1) and right["background"] == 60
+        nothing = slider_photos.read(case, one, {0.0: source, 1.0: source})
+        assert (nothing["happened"], nothing["kept"]) == (0, 1)
+        assert nothing["reached"] == pytest.approx(0, abs=0.1)
+
+
+def test_photographs_are_taken_as_squares(tmp_path: Path, picture) -> None:
+    picture(1, 70, 45).save(tmp_path / "a.png")
+    (tmp_path / "b.txt").write_text("credits")
+    ((name, square, caption),) = slider_photos.photographs(tmp_path)
+    assert (name, square.size, caption) == ("a", (128, 128), None)
