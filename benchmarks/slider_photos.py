@@ -1,7 +1,8 @@
 """Sliders on pictures that are given: drawn faces, of which all is known, and photographs.
 
 python -m benchmarks.slider_photos --out FOLDER [--tasks smile,add-glasses] [--faces 10] [--photographs FOLDER] [--steps 500]
-  [--scales 0.5,1,1.5] [--name NAME] [--captions] [--prompt TEXT] [config.KEY=VALUE inversion.KEY=VALUE ...]
+  [--scales 0.5,1,1.5] [--name NAME] [--captions] [--prompt TEXT] [--workers 1]
+  [config.KEY=VALUE inversion.KEY=VALUE ...]
 
 Each slider is trained from three pairs of the train split and calibrated, as in ``benchmarks.sliders``. The faces are of the test
 split; each is learnt by heart by the recipe ``inversion``, drawn again, and edited at calibrated scales. Every attribute is read off the
@@ -11,8 +12,11 @@ drawn again is measured, and a sheet shows the rest.
 """
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from pentimento.editing import scale_values
 from pentimento.pocket import dataset, faces, readout, score
 from pentimento.pocket.faces import Change
 from pentimento.pocket.tasks import Case, cases
+from pentimento.recipe import Setup
 from pentimento.run import Editor
 
 ASKED = 1.0
@@ -56,19 +61,25 @@ class Subject:
     inversion: Path
 
 
+def run_folder(task: str, args: argparse.Namespace) -> Path:
+    """Where a slider is trained."""
+    out: Path = args.out
+    return out / "sliders" / task / "run"
+
+
 def slider(task: str, args: argparse.Namespace) -> Slider:
     """Train and calibrate a slider, unless that was done."""
     cell = Cell(method="pairedit", task=task, pairs=3, draw=0)
-    out = args.out / "sliders" / task
-    exemplars = cell.exemplars()
-    if not (out / "run" / runfolder.RECIPE).is_file():
-        dataset.save(exemplars, out=out / "pairs")
-        trained(settings(cell, args, out / "pairs"), out / "run")
-        pairs = (f"data.root={out / 'pairs'}",)
+    run, exemplars = run_folder(task, args), cell.exemplars()
+    pairs = run.with_name("pairs")
+    if not (run / runfolder.RECIPE).is_file():
+        dataset.save(exemplars, out=pairs)
+        trained(settings(cell, args, pairs), run)
+        shown = (f"data.root={pairs}",)
         calibrate.calibrate(
-            calibrate.Request(what=str(out / "run"), scales=RAW, count=args.calibration_faces, settings=pairs)
+            calibrate.Request(what=str(run), scales=RAW, count=args.calibration_faces, settings=shown)
         )
-    editor = pentimento.load(out / "run", overrides=args.editing)
+    editor = pentimento.load(run, overrides=args.editing)
     return Slider(task=task, editor=editor, change=change_of(exemplars))
 
 
@@ -81,20 +92,32 @@ def drawn_faces(sliders: Sequence[Slider], count: int) -> list[Case]:
 
 
 def learnt(
-    named: Sequence[tuple[str, Image.Image, str | None]], editor: Editor, args: argparse.Namespace
-) -> Iterator[Subject]:
-    """Pictures, each learnt by heart."""
-    for number, (name, picture, caption) in enumerate(named, 1):
-        place = photos.learnt(picture, editor.setup, args.inversion)
-        print(f"{number} of {len(named)} learnt: {name}", flush=True)
-        prompt = caption if args.captions else args.prompt
-        yield Subject(name=name, picture=picture, prompt=prompt, inversion=place)
+    named: Sequence[tuple[str, Image.Image, str]], editor: Editor, args: argparse.Namespace
+) -> list[Subject]:
+    """Pictures, each with its caption, learnt by heart: several at a time with ``--workers``."""
+    pictures = [picture for _, picture, _ in named]
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=spawning) as pool:
+        places = pool.map(learn, pictures, itertools.repeat(editor.setup), itertools.repeat(args.inversion))
+        found = []
+        for (name, picture, caption), place in zip(named, places, strict=True):
+            print(f"{len(found) + 1} of {len(named)} learnt: {name}", flush=True)
+            prompt = caption if args.captions else args.prompt
+            found.append(Subject(name=name, picture=picture, prompt=prompt, inversion=place))
+    return found
+
+
+def learn(picture: Image.Image, setup: Setup, overrides: Sequence[str]) -> Path:
+    """One of them, on one thread."""
+    torch.set_num_threads(1)
+    return photos.learnt(picture, setup, overrides)
 
 
 def drawn(subject: Subject, one: Slider, scale: float) -> Image.Image:
     """A picture at a calibrated scale."""
-    how = {"instruction": subject.prompt, "inversion": subject.inversion, "scale": scale}
-    return one.editor.edit(subject.picture, **how)
+    return one.editor.edit(
+        subject.picture, instruction=subject.prompt, inversion=subject.inversion, scale=scale
+    )
 
 
 def read(case: Case, one: Slider, made: Mapping[float, Image.Image]) -> dict[str, float]:
@@ -151,11 +174,11 @@ def measure(
     return {"psnr": psnr, "looks": looks if known else {}, "names": [subject.name for subject in subjects]}
 
 
-def photographs(folder: Path) -> list[tuple[str, Image.Image, None]]:
-    """The pictures of a folder, their middle squares at the model's size."""
+def photographs(folder: Path) -> list[tuple[str, Image.Image, str]]:
+    """The pictures of a folder, their middle squares at the model's size; a file's name is its caption."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     return [
-        (file.stem, ImageOps.fit(images.open_image(file), (SIDE, SIDE), Image.Resampling.LANCZOS), None)
+        (file.stem, ImageOps.fit(images.open_image(file), (SIDE, SIDE), Image.Resampling.LANCZOS), file.stem)
         for file in files
     ]
 
@@ -188,6 +211,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--scales", default="0.5,1,1.5", help="calibrated ones, 1 among them", type=scale_values
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that learn pictures, each of one thread"
+    )
     parser.add_argument("--name", default="as-published", help="of the folder with the results")
     parser.add_argument("--prompt", help="for all pictures; default: the slider's own")
     parser.add_argument("--captions", action="store_true", help="each face's caption as its prompt")
@@ -209,10 +235,10 @@ def main() -> None:
         named = [
             (case.key, picture, case.source_prompt) for case, picture in zip(chosen, pictures, strict=True)
         ]
-        subjects = list(learnt(named, sliders[0].editor, args))
+        subjects = learnt(named, sliders[0].editor, args)
         measured["faces"] = measure(subjects, sliders, chosen, args)
     if args.photographs:
-        subjects = list(learnt(photographs(args.photographs), sliders[0].editor, args))
+        subjects = learnt(photographs(args.photographs), sliders[0].editor, args)
         measured["photographs"] = measure(subjects, sliders, [], args)
     result = {
         "pentimento": pentimento.__version__, "editing": args.editing, "inversion": args.inversion, "captions": args.captions,

@@ -108,4 +108,4 @@ def test_photographs_are_taken_as_squares(tmp_path: Path, picture) -> None:
     picture(1, 70, 45).save(tmp_path / "a.png")
     (tmp_path / "b.txt").write_text("credits")
     ((name, square, caption),) = slider_photos.photographs(tmp_path)
-    assert (name, square.size, caption) == ("a", (128, 128), None)
+    assert (name, square.size, caption) == ("a", (128, 128), "a")
