@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks import photographs, quality, slider_photos, sliders
+from benchmarks import photographs, quality, slider_composition, slider_photos, sliders
 from pentimento.flux.backbone import Flux
 from pentimento.methods.influxedit import InFluxEdit
 from pentimento.pocket import score
+from pentimento.pocket.faces import Face
+from pentimento.pocket.tasks import Case
 
 
 def test_drawn_pairs_are_reused_for_the_same_settings_only() -> None:
@@ -85,23 +87,42 @@ def test_exemplars_of_a_cell_show_one_change() -> None:
     assert cells[0].exemplars() != cells[1].exemplars()
 
 
-def test_a_slider_on_a_given_face_is_read_off_its_truth() -> None:
-    found = [
+@pytest.fixture(scope="module")
+def two_sliders() -> list[slider_photos.Slider]:
+    """What they were shown, without the sliders themselves."""
+    return [
         slider_photos.Slider(task=task, editor=None, change=sliders.change_of(cell.exemplars()))
         for task in ("smile", "add-glasses")
         for cell in [sliders.Cell(method="pairedit", task=task, pairs=3, draw=0)]
     ]
-    (case,) = slider_photos.drawn_faces(found, 1)
+
+
+def edited(case: Case, *some: slider_photos.Slider) -> Image.Image:
+    """A face with some of the changes, as it should be."""
+    wanted = {name: value for one in some for name, value in one.change.wanted.items()}
+    return score.pictures([replace(case, source=case.source | wanted)], "source", 64)[0]
+
+
+def test_a_slider_on_a_given_face_is_read_off_its_truth(two_sliders) -> None:
+    (case,) = slider_photos.drawn_faces(two_sliders, 1)
     assert case.source["smile"] < 0 and not case.source["glasses"]
-    for one in found:
-        after = replace(case, source=case.source | one.change.wanted)
-        source, target = (score.pictures([each], "source", 64)[0] for each in (case, after))
-        right = slider_photos.read(case, one, {0.0: source, 1.0: target})
+    for one in two_sliders:
+        right = slider_photos.read(case, one, {0.0: edited(case), 1.0: edited(case, one)})
         assert (right["happened"], right["kept"], right["kept at scale 0"]) == (1, 1, 1)
         assert right["reached"] == pytest.approx(1, abs=0.1) and right["background"] == 60
-        nothing = slider_photos.read(case, one, {0.0: source, 1.0: source})
+        nothing = slider_photos.read(case, one, {0.0: edited(case), 1.0: edited(case)})
         assert (nothing["happened"], nothing["kept"]) == (0, 1)
         assert nothing["reached"] == pytest.approx(0, abs=0.1)
+
+
+def test_two_sliders_are_read_together(two_sliders) -> None:
+    (case,) = slider_photos.drawn_faces(two_sliders, 1)
+    face = Face(prompt="", seed=0, scene=case.source, explained=40.0)
+    for some in ([], two_sliders[:1], two_sliders[1:], two_sliders):
+        found = slider_composition.read(edited(case, *some), face, two_sliders)
+        for one in two_sliders:
+            assert found[one.task] == pytest.approx(float(one in some), abs=0.1)
+        assert found["others kept"] == 1 and found["interference"] < 0.05
 
 
 def test_photographs_are_taken_as_squares(tmp_path: Path, picture) -> None:
