@@ -34,8 +34,6 @@ from pentimento.pocket.tasks import Case, cases
 from pentimento.recipe import Setup
 from pentimento.run import Editor
 
-ASKED = 1.0
-"""The calibrated scale that is measured."""
 HAPPENED = 0.5
 """Of a shown change: from here on it counts as made."""
 SIDE = 128
@@ -120,21 +118,17 @@ def drawn(subject: Subject, one: Slider, scale: float) -> Image.Image:
     )
 
 
-def read(case: Case, one: Slider, made: Mapping[float, Image.Image]) -> dict[str, float]:
-    """What the pictures of a face show."""
+def read(case: Case, one: Slider, picture: Image.Image) -> dict[str, float]:
+    """What a picture of a face shows, compared with the truth."""
     change, source = one.change, case.source
-    again, asked = (
-        readout.judge(faces.pixels(made[scale]), source, source | change.wanted, change.wanted)
-        for scale in (0.0, ASKED)
-    )
-    reached = change.response(float(source[change.attribute]), float(asked.scene[change.attribute]))
+    found = readout.judge(faces.pixels(picture), source, source | change.wanted, change.wanted)
+    reached = change.response(float(source[change.attribute]), float(found.scene[change.attribute]))
     return {
         "happened": float(reached >= HAPPENED),
         "reached": reached,
-        "kept": asked.kept,
-        "explained": asked.explained,
-        "background": asked.background,
-        "kept at scale 0": again.kept,
+        "kept": found.kept,
+        "explained": found.explained,
+        "background": found.background,
     }
 
 
@@ -155,7 +149,7 @@ def measure(
     """All sliders on all pictures; ``known`` holds the truth of each, or nothing. Writes a sheet."""
     codec = round_trip(sliders[0].editor)
     psnr: dict[str, list[float]] = {"drawn again": [], "encode and decode": []}
-    looks: dict[str, list[dict[str, float]]] = {one.task: [] for one in sliders}
+    looks: dict[str, list[dict[str, float]]] = {}
     rows: list[list[Image.Image]] = []
     for number, subject in enumerate(subjects):
         again = drawn(subject, sliders[0], 0.0)
@@ -165,13 +159,13 @@ def measure(
         for one in sliders:
             made = {0.0: again} | {scale: drawn(subject, one, scale) for scale in args.scales}
             rows[-1] += [made[scale] for scale in args.scales]
-            if known:
-                looks[one.task].append(read(known[number], one, made))
+            for scale, picture in made.items() if known else ():
+                looks.setdefault(f"{one.task}, scale {scale:g}", []).append(read(known[number], one, picture))
     titles = ["picture", "scale 0", *(f"{one.task} {scale:g}" for one in sliders for scale in args.scales)]
     kind = "faces" if known else "photographs"
     file = args.out / args.name / f"{kind}.png"
     images.save_image(images.sheet(rows, titles=titles, cell=SIDE), file)
-    return {"psnr": psnr, "looks": looks if known else {}, "names": [subject.name for subject in subjects]}
+    return {"psnr": psnr, "looks": looks, "names": [subject.name for subject in subjects]}
 
 
 def photographs(folder: Path) -> list[tuple[str, Image.Image, str]]:
@@ -208,9 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--photographs", type=Path, help="a folder of pictures")
     parser.add_argument("--steps", type=int, default=500, help="of a slider's training")
     parser.add_argument("--calibration-faces", type=int, default=6)
-    parser.add_argument(
-        "--scales", default="0.5,1,1.5", help="calibrated ones, 1 among them", type=scale_values
-    )
+    parser.add_argument("--scales", default="0.5,1,1.5", help="calibrated ones", type=scale_values)
     parser.add_argument(
         "--workers", type=int, default=1, help="processes that learn pictures, each of one thread"
     )
