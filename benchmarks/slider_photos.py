@@ -97,7 +97,7 @@ def learnt(
     spawning = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=spawning) as pool:
         places = pool.map(learn, pictures, itertools.repeat(editor.setup), itertools.repeat(args.inversion))
-        found = []
+        found: list[Subject] = []
         for (name, picture, caption), place in zip(named, places, strict=True):
             print(f"{len(found) + 1} of {len(named)} learnt: {name}", flush=True)
             prompt = caption if args.captions else args.prompt
