@@ -73,8 +73,8 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
             raise UserError("--instruction is empty; say what is to change")
         if not request.prompts:
             lookup.check_instruction(request.what, request.at, request.overrides)
-        check_edits(request)
         judge = options.open_judge() if several > 1 else None
+        check_edits(request)
         jobs = learn(jobs, request, say)
         editor = _load(request, say)
         yield from editing.execute(jobs, editor, options, judge, say)
