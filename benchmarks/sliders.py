@@ -25,6 +25,7 @@ import torch
 
 import pentimento
 from pentimento import calibrate, images, metrics, recipe, runfolder
+from pentimento.flux.dev import Sampling
 from pentimento.method import Probe
 from pentimento.pocket import dataset, faces
 from pentimento.pocket import scene as world
@@ -43,6 +44,7 @@ SCALES = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 """Calibrated ones."""
 RAW = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """What calibration measures."""
+SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"lora"}
 PERSON = "a portrait of a person"
 WORDS = {
     "smile": ("a portrait of a smiling person", "a portrait of a frowning person"),
@@ -118,7 +120,7 @@ def test_faces(task: str, args: argparse.Namespace) -> list[Face]:
     if file.is_file():
         return [Face(**one) for one in json.loads(file.read_text())]
     changes = [change_of(cell.exemplars()) for cell in cells(args) if cell.task == task]
-    base = recipe.load("pairedit", args.overrides)
+    base = recipe.load("pairedit", [text for text in args.overrides if of_sampling(text)])
     probe = recipe.method_class(base.method).load(base.backbone, base.config).probe()
     found = faces.find(
         faces.prompts(task, "test"),
@@ -129,6 +131,12 @@ def test_faces(task: str, args: argparse.Namespace) -> list[Face]:
     )
     runfolder.write_text(file, json.dumps([dataclasses.asdict(face) for face in found], indent=1))
     return found
+
+
+def of_sampling(text: str) -> bool:
+    """Whether a setting is of how faces are drawn, by all methods alike, and not of one method's training."""
+    key = text.partition("=")[0]
+    return key.startswith("backbone.") or key.removeprefix("config.") in SAMPLING
 
 
 def change_of(exemplars: Sequence[Case]) -> Change:

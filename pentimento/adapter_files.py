@@ -34,11 +34,11 @@ def recorded_adapter(file: Path, name: str = "") -> dict[str, Any]:
 
 def recorded_alpha(file: Path, default: float) -> float:
     """Alpha in the record that diffusers reads, or the default."""
-    text = stored.read_metadata(file).get("lora_adapter_metadata", "{}")
     try:
-        return float(json.loads(text).get(f"{PREFIX}lora_alpha", default))
-    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its lora_adapter_metadata is damaged ({error})") from error
+        alpha = stored.recorded_alpha(stored.read_metadata(file))
+    except ValueError as error:
+        raise UserError(f"{file}: its {error}") from error
+    return default if alpha is None else alpha
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ trained whole beside it if wanted. Parameters are float32 whatever the host's pr
 Files have the layout of diffusers, so that ``load_lora_weights`` of its pipelines reads them.
 """
 
+import copy
 import difflib
 import math
 import re
@@ -28,6 +29,19 @@ from .specs import LoRA as LoRA
 from .specs import spec_of as spec_of
 
 SHOWN = 3
+
+
+def bare(host: nn.Module) -> nn.Module:
+    """A host without its adapters, on its very weights: not one of them is in memory twice."""
+    shared = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
+    twin = copy.deepcopy(host, shared)
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, LoraLayer):
+            twin.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, Whole):
+            twin.set_submodule(path, module.original_module)
+    vars(twin).pop("peft_config", None)
+    return twin
 
 
 class Adapters:
@@ -54,13 +68,9 @@ class Adapters:
         self._check_targets(spec)
         config = LoraConfig(r=spec.rank, target_modules=specs.targets(spec))
         config.lora_alpha = spec.scaled  # type: ignore[assignment]  # declared int, used as a number
-        with (
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):  # peft draws a start that `_reset` replaces
-            warnings.filterwarnings(
-                "ignore", message="Already found a `peft_config`"
-            )  # several adapters are wanted
+        # peft draws a start that `_reset` replaces, and warns of several adapters.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, self.host, adapter_name=name)
             for path, experts in self._expert_layers(spec).items():
                 moe.install(self.host.get_submodule(path), name, experts)
@@ -378,13 +388,8 @@ class Adapters:
                 trained.get_parameter(key).data.copy_(value)
 
     def _check_name(self, name: str) -> None:
-        if not name.isidentifier() or name in (
-            "frozen",
-            "tensors",
-            "modules_to_save",
-            "original_module",
-            "base_layer",
-        ):
+        taken = ("frozen", "tensors", "modules_to_save", "original_module", "base_layer")
+        if not name.isidentifier() or name in taken:
             raise ValueError(f"{name!r} cannot be the name of an adapter")
         if name in self.specs or name in self.tensors:
             raise ValueError(f"there is an adapter {name!r} already")

@@ -4,11 +4,14 @@ Training fixes a direction, but not how far scale 1 goes. A calibration says whi
 which scales the picture stays the same one. An editor's scale 1 is then that raw scale.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import adapter_files, inspection, schema, stored
 from .errors import UserError
@@ -198,6 +201,23 @@ def report(adapter: inspection.Adapter) -> list[tuple[str, str]]:
     """What ``pentimento inspect`` says of it."""
     known = of_record(adapter.ours, adapter.path)
     return [] if known is None else [("calibrated", str(known))]
+
+
+@contextlib.contextmanager
+def kept(file: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Within, a file is written anew: its calibration stays if the tensors do; else ``say`` is told that it is gone."""
+    known = read(file)
+    before = stored.read_tensors(file) if known else {}
+    yield
+    if known is None:
+        return
+    now = stored.read_tensors(file)
+    if now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before):
+        write(file, known)
+    elif read(file) is None:
+        say(
+            f"{file}: other weights than those that were calibrated; to know what their scale 1 is: pentimento calibrate"
+        )
 
 
 def write(file: Path, calibration: Calibration | None) -> None:

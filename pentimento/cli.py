@@ -144,7 +144,7 @@ def train(
             print(line)
         return
     try:
-        run.train_run(parsed, folder, resume=resume, init=init)
+        run.train_run(parsed, folder, resume=resume, init=init, say=_note)
     except KeyboardInterrupt as stopped:
         begun = (folder / runfolder.RECIPE).is_file()
         how = f"continue with: pentimento train {folder} --resume" if begun else "nothing had begun yet"

@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MIXED: Mapping[Precision, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -53,3 +53,22 @@ def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Within, kernels that ask for no device (of optimizers in 8 bits) run on this one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def explained_memory(stage: str = "") -> Iterator[None]:
+    """Say what helps where memory runs out, in a stage of training or elsewhere."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
+            said in text for said in ("out of memory", "can't allocate memory", "not enough memory")
+        ):
+            raise
+        raise UserError(
+            f"{f'stages.{stage}: ' * bool(stage)}out of memory; to train: a smaller stages.{stage or 'NAME'}.batch_size (and more"
+            " accumulate), a smaller config.resolution, backbone.gradient_checkpointing=true, or backbone.precision=bf16; to edit:"
+            " backbone.offload=model, or a GGUF file as backbone.transformer_file"
+            f" ({first_line(error)})"
+        ) from error

@@ -23,6 +23,7 @@ from . import recipe as recipe_
 from .adapters import Adapters
 from .cache import Samples
 from .checkpoint import Interrupted
+from .devices import explained_memory
 from .errors import UserError
 from .method import EditSettings, Example, Method
 from .recipe import Recipe
@@ -119,12 +120,10 @@ def export(folder: Path, file: Path, overrides: Sequence[str]) -> export_.Export
     """Write a plain LoRA of a run with experts; see ``export.export``."""
     settings, recipe = _settings(folder, overrides)
     _check(folder, recipe)
-    try:
+    with explained_memory():
         method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
         method.adapters.load(lookup.final_weights(folder))
         return _make(method, settings, recipe, folder, file)
-    except torch.OutOfMemoryError as error:
-        raise UserError(run.OUT_OF_MEMORY) from error
 
 
 def _settings(folder: Path, overrides: Sequence[str]) -> tuple[Distillation, Recipe]:

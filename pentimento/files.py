@@ -31,6 +31,13 @@ def write(path: Path, data: bytes, *, durable: bool = True) -> None:
         part.unlink(missing_ok=True)
 
 
+def pointer(start: bytes, what: str) -> str:
+    """What to say of a file that begins so, where Git left it in place of ``what``; empty for all other files."""
+    if not start.startswith(b"version https://git-lfs"):
+        return ""
+    return f"is a Git LFS pointer, not {what}; run `git lfs pull`"
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder outlive a power cut; Windows has no such call and needs none."""
     if os.name == "posix":

@@ -16,6 +16,7 @@ from .calibration import Calibration
 from .editing import Job, Options, Variant
 from .errors import UserError
 from .layouts import read_text
+from .method import EditSettings
 from .run import Editor
 from .series import Shot
 from .strips import Strip
@@ -97,6 +98,7 @@ def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
         if not request.prompts:
             lookup.check_instruction(request.what, request.at, request.overrides)
         judge = options.open_judge() if several > 1 else None
+        check_edits(request)
         jobs = learn(jobs, request, say)
         editor = _load(request, say)
         yield from editing.execute(jobs, editor, options, judge, say)
@@ -156,6 +158,17 @@ def _load(request: Request, say: Callable[[str], None]) -> Editor:
     if known and (outside := [f"{v.scale:g}" for v in request.variants if not known.covers(v.scale)]):
         say(f"scale {', '.join(dict.fromkeys(outside))}: outside of what was measured to hold")
     return editor
+
+
+def check_edits(request: Request) -> None:
+    """Raise ``UserError`` for edits of pictures that would be none; among them the candidates of a search, which have fewer steps."""
+    found, options = _found(request), request.options
+    for variant in request.variants:
+        how = EditSettings(seed=variant.seed, scale=variant.scale, skip=variant.skip, steps=variant.steps)
+        found.method.check(found.setup.config, how, photo=True)
+        if options.candidates > 1:
+            early = replace(how, steps=options.early_steps)
+            found.method.check(found.setup.config, early, photo=True)
 
 
 def learn(jobs: Sequence[Job], request: Request, say: Callable[[str], None]) -> list[Job]:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from . import files
 from .errors import UserError
 
 MAX_PIXELS = 100_000_000
@@ -196,9 +197,9 @@ def _check_file(path: Path) -> None:
 def _what_it_is(opener: Opener) -> str:
     with opener() as file:
         start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the picture itself; run `git lfs pull`"
-    return "is not a picture, whatever its name says; PNG, JPEG, WebP, BMP and TIFF can be read"
+    return files.pointer(start, "the picture itself") or (
+        "is not a picture, whatever its name says; PNG, JPEG, WebP, BMP and TIFF can be read"
+    )
 
 
 def _orientation(image: Image.Image, opener: Opener) -> int:
@@ -250,17 +251,11 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path}: is a folder; name a file to write the picture to")
     kind = Image.registered_extensions()[path.suffix.lower()]
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
-    part = path.with_name(f".{os.getpid()}.{path.name}.part")
+    encoded = BytesIO()
     try:
+        image.save(encoded, format=kind, **options)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                image.save(file, format=kind, **options)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        files.write(path, encoded.getvalue())
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written ({error.strerror or error})") from error
     return path

@@ -144,13 +144,14 @@ def inspect_file(what: str | Path) -> Adapter:
     dialect = _dialect(shapes, [*pairs, *experts]) if list(tensors) == own_names else _translated(own_names)
     problems += _unread(shapes, dialect, full if pairs or experts else [])
     problems += _mixed(ranks=pairs, alphas=scalars, numbers_of_experts=experts, ranks_of_experts=inner)
+    alphas = _alphas(scalars, metadata, pairs, problems)
     return Adapter(
         path=path,
         dialect=dialect,
         method=str(ours.get("method", "")),
         base=_base(ours, metadata, shapes),
         ranks=dict(sorted(Counter(pairs.values()).items())),
-        alphas=dict(sorted(_alphas(scalars, metadata, pairs).items())),
+        alphas=dict(sorted(alphas.items())),
         flat=tuple(sorted({shape[0] for key, shape in flat.items() if ".lora_A." in key})),
         experts=dict(sorted(Counter(experts.values()).items())),
         expert_ranks=dict(sorted(Counter(inner.values()).items())),
@@ -314,17 +315,17 @@ def _base(ours: Mapping[str, Any], metadata: Mapping[str, str], shapes: Mapping[
 
 
 def _alphas(
-    scalars: Mapping[str, float], metadata: Mapping[str, str], pairs: Mapping[str, int]
+    scalars: Mapping[str, float], metadata: Mapping[str, str], pairs: Mapping[str, int], problems: list[str]
 ) -> Counter[float]:
     """Alpha of the modules: stored beside them, or in the record that diffusers reads."""
     if scalars:
         return Counter(scalars.values())
     try:
-        stored = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
+        alpha = stored.recorded_alpha(metadata)
+    except ValueError as error:
+        problems.append(str(error))
         return Counter()
-    default = stored.get("transformer.lora_alpha") if isinstance(stored, dict) else None
-    return Counter({float(default): len(pairs)}) if isinstance(default, (int, float)) else Counter()
+    return Counter() if alpha is None else Counter({alpha: len(pairs)})
 
 
 def report(adapter: Adapter) -> list[tuple[str, str]]:

@@ -216,6 +216,18 @@ class Method(ABC):
         """What an edit asks for where nothing is said; ``shared`` is the one prompt that all training pairs had."""
         return shared
 
+    @classmethod
+    def check(cls, config: Any, settings: EditSettings, *, photo: bool) -> None:
+        """Raise ``UserError`` for settings with which an edit, of a picture or a prompt, would be none: before weights are loaded."""
+        return
+
+    def learner(self, kind: Callable[..., "Method"], config: Any) -> "Method | None":
+        """What runs the recipe ``per_photo``, a method of another kind, on this one's weights in memory.
+
+        ``None``: it must be loaded for itself.
+        """
+        return None
+
     def show_photo(self, place: Path) -> None:
         """Take what the recipe ``per_photo`` learnt of a picture: the next edits are of this picture."""
         raise UserError(f"inversion: {type(self).__name__} is shown the picture itself")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from . import images
+from . import files, images
 from .errors import UserError, counted, first_line
 from .layouts import entries_of, listed, nearest
 from .method import Example
@@ -361,8 +361,8 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         return f"cannot be read ({cause.strerror})"
     if not start:
         return "the file is empty (0 bytes); download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the data; run `git lfs pull`"
+    if said := files.pointer(start, "the data"):
+        return said
     if not start.startswith(b"PAR1"):
         return "is not a Parquet file, whatever its name says"
     return f"the file is damaged or cut off ({first_line(error)}); download it again"

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from . import checkpoint, images, recipes, runfolder, schema
 from . import recipe as recipe_
 from .errors import UserError
+from .method import Method
 from .pocket.weights import cache_folder
 from .recipe import Recipe, Setup
 
@@ -41,22 +42,25 @@ def recipe_for(setup: Setup, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_.build(raw, recipe_.override(raw, origin, overrides))
 
 
-def learnt(picture: Image | Path, setup: Setup, overrides: Sequence[str] = ()) -> Path:
+def learnt(
+    picture: Image | Path, setup: Setup, overrides: Sequence[str] = (), on: Method | None = None
+) -> Path:
     """The run folder of what learnt a photograph by heart for a slider; trained unless it has been.
 
     Args:
         picture: a file, or a picture of any mode.
         setup: the slider's, see ``run.load``.
         overrides: ``key=value`` changes of the recipe ``inversion``, such as ``stages.inversion.steps=300``.
+        on: the slider, where it is in memory: the photograph is learnt on its weights, if that is possible.
 
     Raises:
         UserError: as ``run.train_run`` does.
     """
     photo = images.open_image(picture) if isinstance(picture, Path) else images.take_image(picture)
-    return learn(photo, recipe_for(setup, overrides))
+    return learn(photo, recipe_for(setup, overrides), on)
 
 
-def learn(photo: Image, recipe: Recipe) -> Path:
+def learn(photo: Image, recipe: Recipe, on: Method | None = None) -> Path:
     """The run folder of a recipe trained on an RGB picture, whatever its data section says; trained unless it has been.
 
     Settings that only edits have are left at their defaults there: edits are given their own.
@@ -76,7 +80,8 @@ def learn(photo: Image, recipe: Recipe) -> Path:
     raw = _trained(recipe)
     raw["data"]["root"] = str(file)
     named = recipe_.build(raw, schema.Origin(name=f"recipe {recipe.method}"))
-    run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file())
+    method = on and on.learner(recipe_.method_class(named.method), named.config)
+    run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file(), method=method)
     # The optimizer's state is three times as large as the adapter, and this run has ended.
     shutil.rmtree(out / checkpoint.FOLDER)
     return out

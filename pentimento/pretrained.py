@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from . import files
 from .errors import UserError, first_line
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -170,8 +171,8 @@ def check_file(path: Path) -> None:
 def check_pointer(path: Path) -> None:
     """Raise ``UserError`` if the file is what Git leaves in place of a large one."""
     with path.open("rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`")
+        if said := files.pointer(file.read(64), "the weights"):
+            raise UserError(f"{path}: {said}")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,12 @@ from . import (
 from . import recipe as recipe_
 from .cache import Samples
 from .calibration import Calibration
+from .devices import explained_memory
 from .errors import UserError
 from .judges import Judge
 from .method import EditSettings, Example, Method, Region
 from .monitor import Monitor
 from .recipe import Recipe, Setup
-
-OUT_OF_MEMORY = (
-    "the device's memory does not suffice; to train: a smaller stages.NAME.batch_size, a smaller picture,"
-    " backbone.gradient_checkpointing=true, or backbone.precision=bf16; to edit: backbone.offload=model, or a GGUF file as"
-    " backbone.transformer_file"
-)
 
 CACHE = "cache"
 START = "init"
@@ -54,13 +49,21 @@ TOO_STRONG = 0.2
 
 
 def train_run(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, init: str | Path | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    init: str | Path | None = None,
+    method: Method | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Train all stages of a recipe into a run folder; returns the folder.
 
     Args:
         resume: continue the run that the folder holds; only steps may differ, upwards.
         init: an adapter (file, folder of several, or run folder) to start from; not together with ``resume``.
+        method: the recipe's, where it is in memory already.
+        say: is told what a person should know.
 
     Raises:
         UserError: a used folder without ``resume``, changed settings with it, bad data, weights or adapters, or Weights &
@@ -82,11 +85,10 @@ def train_run(
                 tracking.check()
             with progress.bar("decoding pictures") as advance:
                 data.verify([*rows, *held_out], advance)
+            held.enter_context(_calibrated(out, recipe, say))
         state.wait_for_everyone()
-        try:
-            _train(recipe, out, rows, held_out, init)
-        except torch.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY) from error
+        with explained_memory():
+            _train(recipe, out, rows, held_out, init, method)
     return out
 
 
@@ -103,10 +105,26 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
     runfolder.check_resumed(out, recipe) if resume else runfolder.check_new(out)
 
 
+def _calibrated(
+    out: Path, recipe: Recipe, say: Callable[[str], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Within, the weights of a run are written: a calibration of them outlives that if they stay what they were."""
+    kind, weights = recipe_.method_class(recipe.method), out / runfolder.WEIGHTS
+    if not kind.generates or not weights.is_dir():
+        return contextlib.nullcontext()
+    return calibration.kept(calibration.file_of(weights, kind.main), say)
+
+
 def _train(
-    recipe: Recipe, out: Path, rows: list[data.Pair], held_out: list[data.Pair], init: str | Path | None
+    recipe: Recipe,
+    out: Path,
+    rows: list[data.Pair],
+    held_out: list[data.Pair],
+    init: str | Path | None,
+    method: Method | None,
 ) -> None:
-    method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
+    if method is None:
+        method = recipe_.method_class(recipe.method).load(recipe.backbone, recipe.config)
     train.check_loaded(method, recipe.stages, precision_of(method))
     method.adapters.reset(recipe.seed)
     if init is not None or (out / START).exists():
@@ -241,7 +259,7 @@ class Editor:
         Args:
             mask: white where the picture may change.
             inversion: what knows the picture by heart (see ``Method.per_photo``): a run folder or an adapter file. ``None``:
-                it is trained, once per picture, with a second copy of the model in memory.
+                it is trained, once per picture; under ``backbone.offload`` with a second copy of the model in memory.
             how: fields of ``EditSettings``; ``None`` stands for what the run recorded. Scale 0 is the base model and 1 what
                 was trained or, of a slider that was calibrated, the change that it was shown.
 
@@ -261,10 +279,8 @@ class Editor:
         settings = replace(settings, scale=settings.scale * self.unit)
         if source is not None and (inversion is not None or self.method.per_photo):
             self.method.show_photo(self._inversion(source) if inversion is None else Path(inversion))
-        try:
+        with explained_memory():
             return self.method.edit(Example(source=source, prompt=prompt, mask=taken, key=key), settings)
-        except torch.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY) from error
 
     def _inversion(self, picture: Image) -> Path:
         from . import photos
@@ -273,7 +289,7 @@ class Editor:
             raise UserError(
                 "inversion: name what knows the picture by heart, for nothing is known of the base model"
             )
-        return photos.learnt(picture, self.setup)
+        return photos.learnt(picture, self.setup, on=self.method)
 
     def region(self, image: Image | str | Path, *, mask: Image | str | Path | None = None) -> Region | None:
         """Where an edit may change a picture: the mask, or what the method finds; ``None``: everywhere.
@@ -285,10 +301,8 @@ class Editor:
         """
         source = _taken(image)
         taken = None if mask is None else self._mask(mask)
-        try:
+        with explained_memory():
             return self.method.region(Example(source=source, mask=taken))
-        except torch.OutOfMemoryError as error:
-            raise UserError(OUT_OF_MEMORY) from error
 
     def _mask(self, mask: Image | str | Path) -> Image:
         if not self.method.takes_mask:

@@ -6,6 +6,7 @@ EditInfinity's names of factors lack ``.weight``, and its learnt rows are one te
 """
 
 import io
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from . import files
 from .errors import UserError
 
 PICKLED = (b"PK\x03\x04", b"\x80\x02")
@@ -66,6 +68,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from error
 
 
+def recorded_alpha(metadata: Mapping[str, str]) -> float | None:
+    """Alpha in the record that diffusers reads; ``None`` where it says nothing, ``ValueError`` where it is damaged."""
+    try:
+        alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("transformer.lora_alpha")
+        return None if alpha is None else float(alpha)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"lora_adapter_metadata is damaged ({error})") from error
+
+
 def _pickled(path: Path) -> bool:
     """Whether a file is a pickled one; refuses what both libraries would answer with a riddle."""
     try:
@@ -75,8 +86,8 @@ def _pickled(path: Path) -> bool:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not start:
         raise UserError(f"{path}: the file is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: this is a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
+    if said := files.pointer(start, "the weights"):
+        raise UserError(f"{path}: {said}")
     return start.startswith(PICKLED)
 
 

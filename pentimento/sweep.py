@@ -113,5 +113,5 @@ def train_all(
         if not done(folder, one.recipe):
             say(f"run {number} of {len(every)}: {one.name}")
             begun = (folder / runfolder.RECIPE).is_file()
-            run.train_run(one.recipe, folder, resume=begun)
+            run.train_run(one.recipe, folder, resume=begun, say=say)
         yield folder

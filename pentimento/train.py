@@ -6,7 +6,6 @@ its losses. Everything random is a function of (seed, stage, step, position in t
 however they are divided among micro-steps and processes, and a resumed run is the uninterrupted one bit for bit.
 """
 
-import contextlib
 import math
 import random
 import time
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, optimizers
 from .checkpoint import Interrupted, Saved, Stop
-from .devices import NO_FP16, current, make_accelerator
+from .devices import NO_FP16, current, explained_memory, make_accelerator
 from .devices import Precision as Precision
 from .devices import processes as processes
 from .draws import Draws as Draws
@@ -445,20 +444,3 @@ def require_finite(
             f"{where}: {what} is {value}; training was stopped before it reached the weights. {kept}. "
             "Try a lower lr or a warmup, or backbone.precision bf16 or fp32"
         )
-
-
-@contextlib.contextmanager
-def explained_memory(name: str) -> Iterator[None]:
-    """Say what helps where memory runs out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(
-            said in text for said in ("out of memory", "can't allocate memory", "not enough memory")
-        ):
-            raise
-        raise UserError(
-            f"stages.{name}: out of memory. Lower stages.{name}.batch_size (and raise accumulate), lower config.resolution, "
-            f"or set backbone.gradient_checkpointing: true. ({text.splitlines()[0] if text else 'MemoryError'})"
-        ) from error

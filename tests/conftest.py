@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.utils import logging as transformers_logging
 
 from pentimento import pytest_golden
+from pentimento.calibration import Calibration
 from pentimento.flux.backbone import Flux
 from pentimento.flux.config import FluxConfig
 from pentimento.infinity.backbone import Infinity
@@ -229,3 +230,11 @@ def picture() -> Callable[..., Image.Image]:
         return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
     return draw
+
+
+@pytest.fixture
+def half() -> Calibration:
+    """Scale 1 is raw 0.5, and -0.5 to 2 was measured to hold."""
+    return Calibration(
+        unit=0.5, low=-0.25, high=1, response=1, monotone=1, measure="latents", faces=2, curve=((0, 0, 1), (0.5, 1, 1))
+    )  # fmt: skip

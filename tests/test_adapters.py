@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pentimento.adapters import Adapters, LoRA, spec_of
+from pentimento import inspection
+from pentimento.adapters import Adapters, LoRA, bare, spec_of
 from pentimento.errors import UserError
 
 TARGETS = ("attn.to_q", "attn.to_k", "ff.net.2", "proj_out")
@@ -249,6 +250,18 @@ def test_layout_and_metadata(tmp_path):
     }
     assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 6.0
     assert metadata["format"] == "pt" and str(tmp_path) not in str(metadata)
+
+
+@pytest.mark.parametrize("said", ["no json", "[]", '{"transformer.lora_alpha": "much"}'])
+def test_a_damaged_record_of_alpha_is_found_by_loading_and_by_inspecting(tmp_path, said):
+    adapters = build(LoRA(targets=BLOCKS, rank=4))
+    adapters.save(tmp_path)
+    file = tmp_path / NAME
+    tensors = load_file(file)
+    save_file(tensors, file, {"lora_adapter_metadata": said})
+    with pytest.raises(UserError, match="its lora_adapter_metadata is damaged"):
+        adapters.load(file)
+    assert any("lora_adapter_metadata is damaged" in one for one in inspection.inspect_file(file).problems)
 
 
 def test_equal_weights_give_equal_bytes_in_every_process(tmp_path):
@@ -497,3 +510,14 @@ def test_icedits_layers_on_flux_as_it_is(tmp_path):
     adapters.load(tmp_path / NAME)
     assert len(tensors) == 686 == len(adapters.state_dict()["edit"])
     assert 32 * sum(p.numel() for p in adapters.parameters("edit")) == 115_912_704
+
+
+def test_a_bare_host_is_the_base_model_on_the_same_weights(host):
+    before = velocity(host)
+    adapters = build(host=host)
+    twin = bare(host)
+    adapters.use(edit=1)
+    assert torch.equal(velocity(twin), before) and not torch.equal(velocity(host), before)
+    own = {parameter.data_ptr() for parameter in host.parameters()}
+    assert {parameter.data_ptr() for parameter in twin.parameters()} < own
+    assert twin.state_dict().keys() == tiny_transformer().state_dict().keys()

@@ -3,19 +3,21 @@
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks import inversions, photographs, quality, sliders, true_size
+from benchmarks import inversions, photographs, quality, slider_composition, slider_photos, sliders, true_size
 from pentimento import images, recipe
 from pentimento.flux.backbone import Flux
 from pentimento.infinity import regions
 from pentimento.methods.influxedit import InFluxEdit
-from pentimento.pocket import readout
-from pentimento.pocket.tasks import cases
+from pentimento.pocket import readout, score
+from pentimento.pocket.faces import Face
+from pentimento.pocket.tasks import Case, cases
 
 
 def test_drawn_pairs_are_reused_for_the_same_settings_only() -> None:
@@ -182,3 +184,48 @@ def test_every_part_at_true_size_is_timed(random_infinity: Path, tmp_path: Path)
     assert (
         report["totals"]["both stages and an edit"] > seconds["stage prompt"] + seconds["stage lora"] - 0.01
     )
+
+
+@pytest.fixture(scope="module")
+def two_sliders() -> list[slider_photos.Slider]:
+    """What they were shown, without the sliders themselves."""
+    return [
+        slider_photos.Slider(task=task, editor=None, change=sliders.change_of(cell.exemplars()))
+        for task in ("smile", "add-glasses")
+        for cell in [sliders.Cell(method="pairedit", task=task, pairs=3, draw=0)]
+    ]
+
+
+def edited(case: Case, *some: slider_photos.Slider) -> Image.Image:
+    """A face with some of the changes, as it should be."""
+    wanted = {name: value for one in some for name, value in one.change.wanted.items()}
+    return score.pictures([replace(case, source=case.source | wanted)], "source", 64)[0]
+
+
+def test_a_slider_on_a_given_face_is_read_off_its_truth(two_sliders) -> None:
+    (case,) = slider_photos.drawn_faces(two_sliders, 1)
+    assert case.source["smile"] < 0 and not case.source["glasses"]
+    for one in two_sliders:
+        right = slider_photos.read(case, one, edited(case, one))
+        assert (right["happened"], right["kept"]) == (1, 1)
+        assert right["reached"] == pytest.approx(1, abs=0.1) and right["background"] == 60
+        nothing = slider_photos.read(case, one, edited(case))
+        assert (nothing["happened"], nothing["kept"]) == (0, 1)
+        assert nothing["reached"] == pytest.approx(0, abs=0.1)
+
+
+def test_two_sliders_are_read_together(two_sliders) -> None:
+    (case,) = slider_photos.drawn_faces(two_sliders, 1)
+    face = Face(prompt="", seed=0, scene=case.source, explained=40.0)
+    for some in ([], two_sliders[:1], two_sliders[1:], two_sliders):
+        found = slider_composition.read(edited(case, *some), face, two_sliders)
+        for one in two_sliders:
+            assert found[one.task] == pytest.approx(float(one in some), abs=0.1)
+        assert found["others kept"] == 1 and found["interference"] < 0.05
+
+
+def test_photographs_are_taken_as_squares(tmp_path: Path, picture) -> None:
+    picture(1, 70, 45).save(tmp_path / "a.png")
+    (tmp_path / "b.txt").write_text("credits")
+    ((name, square, caption),) = slider_photos.photographs(tmp_path)
+    assert (name, square.size, caption) == ("a", (128, 128), "a")

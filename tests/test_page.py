@@ -48,21 +48,9 @@ def two(tmp_path: Path, picture) -> list[Strip]:
     return found
 
 
-KNOWN = Calibration(
-    unit=0.5,
-    low=-1,
-    high=1,
-    response=1,
-    monotone=1,
-    measure="read-out",
-    faces=3,
-    curve=((0, 0, 1), (0.5, 1, 1)),
-)
-
-
-def test_pictures_are_in_the_page_as_they_are(tmp_path: Path, picture) -> None:
+def test_pictures_are_in_the_page_as_they_are(tmp_path: Path, picture, half: Calibration) -> None:
     made = two(tmp_path, picture)
-    parsed = Page(page.page(made, KNOWN))
+    parsed = Page(page.page(made, half))
     assert parsed.open == []
     shown = parsed.all("img")
     wanted = [path for strip in made for _, path in sorted(strip.frames)]
@@ -84,8 +72,10 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path, picture) -> None:
     assert str(policy).startswith("default-src 'none'") and "img-src data:" in str(policy)
 
 
-def test_each_strip_has_a_slider_of_its_scales_and_all_have_one(tmp_path: Path, picture) -> None:
-    parsed = Page(page.page(two(tmp_path, picture), KNOWN))
+def test_each_strip_has_a_slider_of_its_scales_and_all_have_one(
+    tmp_path: Path, picture, half: Calibration
+) -> None:
+    parsed = Page(page.page(two(tmp_path, picture), half))
     every, *own = parsed.all("input")
     assert every["id"] == "all" and [one["id"] for one in own] == ["s0", "s1"]
     for one in parsed.all("input"):
@@ -95,9 +85,9 @@ def test_each_strip_has_a_slider_of_its_scales_and_all_have_one(tmp_path: Path, 
     assert len(Page(page.page(two(tmp_path, picture)[:1])).all("input")) == 1
 
 
-def test_what_the_scales_mean_is_said(tmp_path: Path, picture) -> None:
+def test_what_the_scales_mean_is_said(tmp_path: Path, picture, half: Calibration) -> None:
     made = two(tmp_path, picture)
-    text = page.page(made, KNOWN)
+    text = page.page(made, half)
     assert "1 (calibrated default)" in text and "scale 1 is raw 0.5" in text and "seed 2, skip 3" in text
     assert "1 (trained)" in page.page(made) and "prefers-color-scheme: dark" in text
 

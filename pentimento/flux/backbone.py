@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from PIL.Image import Image
 from torch import Tensor
 
-from .. import images, pretrained
+from .. import adapters, images, pretrained
 from ..errors import UserError
 from . import loading, sampling
 from .config import FluxConfig
@@ -116,6 +116,16 @@ class Flux:
             return None
         transformer, scheduler = loading.outline_transformer(weights), loading.load_scheduler(weights)
         return cls(weights, transformer, scheduler, device=torch.device("meta"), dtype=torch.float32)
+
+    def bare(self) -> "Flux | None":
+        """The same model without adapters, on the same weights in memory.
+
+        ``None`` under ``offload``: each of two would move the weights without the other's knowing.
+        """
+        if self._offload:
+            return None
+        transformer = adapters.bare(self.transformer)
+        return Flux(self.weights, transformer, self.scheduler, device=self.device, dtype=self.dtype)
 
     def _set_attention(self, backend: str | None) -> None:
         if backend is None:

@@ -7,7 +7,7 @@ is drawn by an adapter ``photo`` that was trained on it alone; then the velociti
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import adapter_files, images, inspection
 from ..adapters import LoRA, spec_of
 from ..errors import UserError
-from ..method import EditSettings, Example, Probe
+from ..method import EditSettings, Example, Method, Probe
 from . import sampling
 from .backbone import Flux, Text
 from .method import FluxMethod
@@ -190,6 +190,19 @@ class DevMethod(FluxMethod):
         """The configuration's prompt: training pairs have instructions, which are no captions."""
         return str(config.prompt)
 
+    @classmethod
+    def check(cls, config: Any, settings: EditSettings, *, photo: bool) -> None:
+        """As for all methods: the edit must have steps to act in."""
+        check_window(config, settings, photo=photo)
+
+    def learner(self, kind: Callable[[Flux, Any], Method], config: Any) -> Method | None:
+        """A method of another kind on this one's weights, without its adapters; the encoders make room for it."""
+        flux = self.flux.bare()
+        if flux is None:
+            return None
+        self.release_encoders()
+        return kind(flux, config)
+
     def show_photo(self, place: Path) -> None:
         """Load the adapter that knows a photograph: a file, or the folder of a run of the recipe ``inversion``."""
         file = file_of(place, CONTENT)
@@ -216,6 +229,7 @@ class DevMethod(FluxMethod):
                 f"{example.key or 'edit'}: {self.called} edits a photograph with an adapter that was trained on it; see the recipe"
                 f" {self.per_photo}"
             )
+        check_window(self.config, settings, photo=photo is not None)
         width, height = self.size(*photo.size) if photo is not None else (self.resolution, self.resolution)
         steps = self.config.steps if settings.steps is None else settings.steps
         how = Drawing(
@@ -227,7 +241,6 @@ class DevMethod(FluxMethod):
             until=steps if self.config.until is None else self.config.until,
             photo=photo is not None,
         )
-        check_window(how, steps)
         noise = self.noise(settings.seed, (width, height))
         result = self.flux.decode(self.flux.sample(self.steered(how), noise, steps), (width, height))[0]
         return result if photo is None else images.resize_result(result, photo.size)
@@ -306,13 +319,15 @@ def file_of(place: Path, wanted: str) -> Path:
     return file
 
 
-def check_window(how: Drawing, steps: int) -> None:
+def check_window(config: Sampling, settings: EditSettings, *, photo: bool) -> None:
     """Raise ``UserError`` where an edit that is asked for would never act."""
+    steps = config.steps if settings.steps is None else settings.steps
+    skip = config.skip if settings.skip is None else settings.skip
     if steps < 1:
         raise UserError(f"steps must be at least 1, but it is {steps}")
-    first = how.skip + (not how.photo)
-    if how.scale and first >= min(how.until, steps):
+    until = steps if config.until is None else min(config.until, steps)
+    if settings.scale and skip + (not photo) >= until:
         raise UserError(
-            f"skip {how.skip}: of {steps} steps, none is left for the edit; give a smaller skip (skips={max(0, steps // 2 - 1)}), or"
+            f"skip {skip}: of {steps} steps, none is left for the edit; give a smaller skip (skips={max(0, steps // 2 - 1)}), or"
             " scale 0 for a picture without it"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import T5Config
 from transformers.utils import logging as transformers_logging
 
+from .. import files
 from ..adapter_files import misfits
 from ..errors import UserError, first_line
 
@@ -121,8 +122,8 @@ def _refuse(file: Path, part: str) -> None:
         raise UserError(f"{field}: {file} cannot be read ({error.strerror})") from error
     if start.startswith(b"GGUF"):
         return
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull`")
+    if said := files.pointer(start, "the weights"):
+        raise UserError(f"{file}: {said}")
     if start[8:10] in (b'{"', b"{ "):
         raise UserError(
             f"{field}: {file} is a safetensors file, and a GGUF is needed. Weights in safetensors are read from a folder in "

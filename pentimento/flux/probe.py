@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..method import Example
+from ..method import EditSettings, Example
 from . import sampling
 from .dev import DevMethod, Drawing, check_window
 
@@ -51,7 +51,7 @@ class Probe:
                 until=steps if method.config.until is None else method.config.until,
                 photo=False,
             )
-            check_window(how, steps)
+            check_window(method.config, EditSettings(scale=scale), photo=False)
             velocity = method.steered(how)
             return sampling.euler(
                 lambda x_t, sigma, step: velocity(x_t, sigma, first + step), x, sigmas[first : last + 1]

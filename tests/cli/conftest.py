@@ -76,16 +76,21 @@ def settings(pairs: Path, tiny_fill: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder; do not write to it."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
+def train(recipe: str, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train into a folder of its own; returns it."""
+    folder = tmp_path_factory.mktemp("runs") / recipe
     result = CliRunner().invoke(
-        cli.app, ["train", "influxedit-edit", *settings, "--out", str(folder)], catch_exceptions=False
+        cli.app, ["train", recipe, *settings, "--out", str(folder)], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == str(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder; do not write to it."""
+    return train("influxedit-edit", settings, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +114,7 @@ def dev_settings(pairs: Path, tiny_dev: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def slider(dev_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of PairEdit; do not write to it."""
-    folder = tmp_path_factory.mktemp("runs") / "slider"
-    result = CliRunner().invoke(
-        cli.app, ["train", "pairedit", *dev_settings, "--out", str(folder)], catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
-    return folder
+    return train("pairedit", dev_settings, tmp_path_factory)
 
 
 @pytest.fixture

@@ -17,16 +17,6 @@ from pentimento.method import Example
 from pentimento.pocket import dataset
 
 NAME = "pytorch_lora_weights.safetensors"
-HALF = Calibration(
-    unit=0.5,
-    low=-0.25,
-    high=1,
-    response=1,
-    monotone=1,
-    measure="latents",
-    faces=2,
-    curve=((0, 0, 1), (0.5, 1, 1)),
-)
 
 
 @pytest.fixture
@@ -36,9 +26,9 @@ def own(slider: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def calibrated(own: Path) -> Path:
+def calibrated(own: Path, half: Calibration) -> Path:
     """The same with a known calibration."""
-    calibration.write(own / "weights" / "semantic" / NAME, HALF)
+    calibration.write(own / "weights" / "semantic" / NAME, half)
     return own
 
 
@@ -184,10 +174,15 @@ def _base(run: Path) -> list[str]:
     return [f"backbone.weights={lookup.find(run).setup.backbone.weights}", "backbone.device=cpu"]
 
 
-def test_a_calibrated_run_still_trains_on(call, calibrated: Path) -> None:
+def test_a_calibrated_run_still_trains_on(call, calibrated: Path, half: Calibration) -> None:
     """More steps are other weights: the calibration does not outlive them."""
-    call("train", calibrated, "stages.pair.steps=3", "--resume")
-    assert calibration.read(calibrated / "weights" / "semantic" / NAME) is None
+    file = calibrated / "weights" / "semantic" / NAME
+    assert "calibrated" not in call("train", calibrated, "--resume").stderr
+    assert calibration.read(file) == half, "no step was left to be trained"
+    said = call("train", calibrated, "stages.pair.steps=3", "--resume").stderr
+    assert f"note: {file.relative_to(calibrated)}" in said.replace(f"{calibrated}/", "")
+    assert "other weights than those that were calibrated" in said
+    assert calibration.read(file) is None
 
 
 @pytest.mark.parametrize(

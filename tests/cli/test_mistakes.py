@@ -355,7 +355,7 @@ def test_a_result_in_a_format_that_is_only_read(refuse, trained: Path, photo: Pa
         (b"\x08\x00\x00\x00\x00\x00\x00\x00{}", "damaged"),
         (b"no safetensors, only words", "damaged"),
         (b"PK\x03\x04 and so on", "pickled"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the weights"),
     ],
 )
 def test_a_file_that_is_no_adapter(refuse, trained: Path, photo: Path, content: bytes, words: str) -> None:

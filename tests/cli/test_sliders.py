@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import pentimento
 from pentimento import generation, photos, recipe, series, stored
 from pentimento.errors import UserError
+from pentimento.flux.backbone import Flux
+from pentimento.methods.inversion import Inversion
 from pentimento.pocket import weights as pocket_weights
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -145,8 +147,8 @@ def test_an_interrupted_inversion_is_continued(slider: Path, photo: Path, own_ca
     assert (half / "weights" / NAME).read_bytes() == whole
 
 
-def test_python_learns_a_picture_by_itself(
-    slider: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+def test_python_learns_a_picture_by_itself_on_the_weights_in_memory(
+    slider: Path, photo: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = recipe.recipes.text
 
@@ -155,9 +157,33 @@ def test_python_learns_a_picture_by_itself(
 
     monkeypatch.setattr(recipe.recipes, "text", short)
     editor = pentimento.load(slider)
-    result = editor.edit(Image.open(photo), seed=3)
+    drawn = editor.edit(instruction="a cat")
+    with monkeypatch.context() as loading:
+        loading.delattr(Flux, "load")
+        result = editor.edit(Image.open(photo), seed=3)
     assert result.size == (50, 30)
     assert editor.edit(photo, seed=3).tobytes() == result.tobytes()
+    assert editor.edit(instruction="a cat").tobytes() == drawn.tobytes(), "the slider is as it was"
+    (learnt,) = own_cache.rglob(NAME)
+    before = learnt.read_bytes()
+    own_cache.rename(own_cache.with_name("before"))
+    photos.learnt(photo, editor.setup)
+    assert learnt.read_bytes() == before, "and so is a model that was loaded for it"
+
+
+def test_a_model_that_is_moved_about_is_not_shared(slider: Path) -> None:
+    offloaded = pentimento.load(slider, overrides=["backbone.offload=model"])
+    assert offloaded.method.learner(Inversion, None) is None
+
+
+def test_edits_that_would_be_none_are_refused_before_a_photograph_is_learnt(
+    refuse, slider: Path, photo: Path, own_cache: Path
+) -> None:
+    search = ["candidates=2", "judge=exact", "early_steps=1"]
+    assert "of 1 steps, none is left for the edit" in refuse("edit", slider, photo, *search, "skips=1")
+    assert "of 3 steps, none is left for the edit" in refuse("edit", slider, photo, "skips=0,3")
+    assert "of 2 steps, none is left for the edit" in refuse("edit", slider, photo, "skips=2", "--steps", 2)
+    assert not own_cache.exists()
 
 
 def test_a_series_is_what_edit_draws(call, slider: Path) -> None:
