@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import pentimento
+from benchmarks.cells import cell_text, words
 from benchmarks.slider_photos import Slider, run_folder, slider
-from benchmarks.sliders import cell_text, words
 from pentimento import images, metrics, runfolder
 from pentimento.pocket import faces
 from pentimento.pocket.faces import Face

@@ -14,9 +14,7 @@ drawn again is measured, and a sheet shows the rest.
 import argparse
 import itertools
 import json
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ import torch
 from PIL import Image, ImageOps
 
 import pentimento
-from benchmarks.sliders import RAW, Cell, cell_text, change_of, settings, trained, words
-from pentimento import calibrate, images, metrics, photos, runfolder
+from benchmarks.cells import cell_text, pool, trained, words
+from benchmarks.sliders import RAW, Cell, change_of, settings
+from pentimento import calibrate, images, metrics, photos, recipe, runfolder
 from pentimento.editing import scale_values
 from pentimento.pocket import dataset, faces, readout, score
 from pentimento.pocket.faces import Change
@@ -72,7 +71,8 @@ def slider(task: str, args: argparse.Namespace) -> Slider:
     pairs = run.with_name("pairs")
     if not (run / runfolder.RECIPE).is_file():
         dataset.save(exemplars, out=pairs)
-        trained(settings(cell, args, pairs), run)
+        plan = settings(cell, args, pairs)
+        trained(plan, recipe.method_class(plan.method).load(plan.backbone, plan.config), run)
         shown = (f"data.root={pairs}",)
         calibrate.calibrate(
             calibrate.Request(what=str(run), scales=RAW, count=args.calibration_faces, settings=shown)
@@ -94,9 +94,10 @@ def learnt(
 ) -> list[Subject]:
     """Pictures, each with its caption, learnt by heart: several at a time with ``--workers``."""
     pictures = [picture for _, picture, _ in named]
-    spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=spawning) as pool:
-        places = pool.map(learn, pictures, itertools.repeat(editor.setup), itertools.repeat(args.inversion))
+    with pool(args.workers) as workers:
+        places = workers.map(
+            learn, pictures, itertools.repeat(editor.setup), itertools.repeat(args.inversion)
+        )
         found: list[Subject] = []
         for (name, picture, caption), place in zip(named, places, strict=True):
             print(f"{len(found) + 1} of {len(named)} learnt: {name}", flush=True)
@@ -106,8 +107,7 @@ def learnt(
 
 
 def learn(picture: Image.Image, setup: Setup, overrides: Sequence[str]) -> Path:
-    """One of them, on one thread."""
-    torch.set_num_threads(1)
+    """One of them."""
     return photos.learnt(picture, setup, overrides)
 
 

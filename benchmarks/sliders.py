@@ -213,9 +213,17 @@ def scores(result: Mapping[str, Any]) -> dict[str, list[float]]:
                 "switches": float(metrics.switches(states)),
                 "switches once": float(metrics.switches(states) == 1),
             }
+        values["score"] = values["kept"] * success(values)
         for name, value in values.items():
             found.setdefault(name, []).append(value)
     return found
+
+
+def success(values: Mapping[str, float]) -> float:
+    """How well one face does what the slider was shown, from 0 to 1: in order and to its end, or off, on, and nothing between."""
+    if "reached" in values:
+        return max(0.0, values["Spearman"]) * min(1.0, max(0.0, values["reached"]))
+    return values["off at 0"] * values["on at 1"] * values["switches once"]
 
 
 def or_zero(value: float) -> float:
