@@ -16,19 +16,22 @@ from torch import Tensor
 from ..images import to_tensor
 from . import captions
 from . import scene as world
-from .readout import STEPS, attributes, read, read_all, same, visible
+from .readout import STEPS, attributes, edited_region, read, read_all, same, visible
 from .recognise import recognise
+from .render import render
 from .scene import Scene
 from .tasks import Case, cases
 
 CLEAR = 25.0
 """dB to which a face must be explained to be measured: in poorer pictures attributes are mistaken for each other."""
-HIDDEN_BY = {"smile": "beard"}
-"""What leaves too little of an attribute to be read: the models draw mouths on beards as the world never does."""
+HIDDEN_BY = {"smile": "beard", "hair": "hat"}
+"""What leaves too little of an attribute to be read: the models draw mouths on beards as the world never does, and hair under hats
+only where the caption names its colour."""
 ROOM = 0.35
 """Of a shown change: how far from where it began a face's attribute may lie to be measured."""
 WORN = 6.0
-"""dB by which a picture may be explained worse than the face at scale 0; more, and it is a face no more."""
+"""dB by which a picture may be explained worse than the face at scale 0, outside of what the change covers; more, and it is a
+face no more."""
 KEPT = 0.75
 """Share of the other attributes that stay while a face is the same."""
 
@@ -89,7 +92,7 @@ class Face:
     seed: int
     scene: Scene
     explained: float
-    """dB, see ``readout.read``."""
+    """dB by which the scene explains the picture outside of what the change covers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class Look:
     interference: float
     """Mean change of the other attributes, each as a part of its range; of a discrete one 0 or 1."""
     intact: bool
-    """Still the same face: nearly all is kept, and the picture is explained nearly as well."""
+    """Still the same face: nearly all is kept, and what the change does not cover is explained nearly as well."""
 
 
 def prompts(task: str, split: str, seed: int = 0) -> Iterator[tuple[str, int]]:
@@ -149,9 +152,11 @@ def find(
             if sight is None or sight.scene["kind"] != "portrait" or len(found) == count:
                 continue
             # Read as the others will be, so that nothing seems to have moved at scale 0.
-            scene, explained = read(pixels(picture), sight.scene, sight.scene | changes[0].wanted)
+            target = sight.scene | changes[0].wanted
+            scene, explained = read(pixels(picture), sight.scene, target)
             if explained >= CLEAR and all(change.fits(scene) for change in changes):
-                found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=explained))
+                outside = elsewhere(pixels(picture), scene, scene, scene | changes[0].wanted)
+                found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=outside))
         if len(found) == count:
             break
     return found
@@ -170,12 +175,22 @@ def look(picture: Image, face: Face, change: Change) -> Look:
 def looks(pictures: Sequence[Image], faces: Sequence[Face], change: Change) -> list[Look]:
     """Read pictures of one size, each of a face; on a GPU where there is one."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    read = read_all(
-        torch.stack([pixels(picture) for picture in pictures]).to(device),
-        [face.scene for face in faces],
-        [face.scene | change.wanted for face in faces],
-    )
-    return [_look(*seen, face, change) for seen, face in zip(read, faces, strict=True)]
+    every = torch.stack([pixels(picture) for picture in pictures])
+    sources, targets = [face.scene for face in faces], [face.scene | change.wanted for face in faces]
+    read = read_all(every.to(device), sources, targets)
+    return [
+        _look(scene, elsewhere(picture, scene, face.scene, target), face, change)
+        for picture, (scene, _), face, target in zip(every, read, faces, targets, strict=True)
+    ]
+
+
+def elsewhere(picture: Tensor, scene: Scene, source: Scene, target: Scene) -> float:
+    """How well a scene explains ``picture`` (3, H, W in [0, 1]) where ``target`` is as ``source``, in dB."""
+    height, width = picture.shape[1:]
+    made, before, after = render([scene, source, target], width, height)
+    stays = ~edited_region(before, after)
+    error = (made - picture).pow(2).mean(0)
+    return float(-10 * torch.log10((error[stays] if stays.any() else error).mean().clamp(min=1e-6)))
 
 
 def _look(scene: Scene, explained: float, face: Face, change: Change) -> Look:

@@ -3,9 +3,10 @@
 import itertools
 
 import pytest
+import torch
 
 from pentimento.images import from_tensor
-from pentimento.pocket import faces
+from pentimento.pocket import faces, readout
 from pentimento.pocket import scene as world
 from pentimento.pocket.render import render
 from pentimento.pocket.tasks import cases
@@ -88,3 +89,31 @@ def test_another_face_is_not_the_same_one() -> None:
     assert on.response == 1 and on.intact
     moved = faces.look(drawn(face.scene | {"dx": -face.scene["dx"] + 0.1, "scale": 0.88}), face, change)
     assert not moved.intact
+
+
+def test_how_an_edit_is_drawn_does_not_make_it_another_face() -> None:
+    change = faces.change_of(exemplars("add-hat"))
+    assert change is not None
+    face = a_face(hat=0, glasses=0)
+    wanted = face.scene | change.wanted
+    region = readout.edited_region(*render([face.scene, wanted]))
+    assert 0.05 < region.float().mean() < 0.5
+    seen = render([wanted])[0]
+    noise = 0.25 * torch.rand(seen.shape, generator=torch.Generator().manual_seed(0))
+    inside, outside = (
+        faces.look(
+            from_tensor(torch.where(where, seen + noise, seen).clamp(0, 1)[None] * 2 - 1)[0], face, change
+        )
+        for where in (region, ~region)
+    )
+    assert inside.response == 1 and inside.intact
+    assert not outside.intact
+    assert not change.fits(face.scene | change.wanted) and change.fits(face.scene)
+
+
+def test_hair_is_looked_for_on_heads_without_hats() -> None:
+    hair = faces.change_of(exemplars("recolour-hair", 1))
+    assert hair is not None
+    other = next(c for c in range(len(world.COLOURS)) if c != hair.after)
+    plain = {"hair": other, "hair_style": 0, "beard": 0}
+    assert hair.fits(a_face(**plain, hat=0).scene) and not hair.fits(a_face(**plain, hat=1).scene)
