@@ -113,16 +113,19 @@ def describe(region: Tensor, weight: Tensor, attention: Tensor | None) -> Region
 def weights(region: Tensor, schedule: Schedule) -> Tensor:
     """Weights (H, W) of the source's codes outside of a region of any resolution: 0 in it and close to it, 1 far away.
 
-    Distances are counted in cells of the last grid at 1M, whatever the size: on smaller grids a cell is several of these.
+    They are made in the cells of the last grid at 1M, whatever the size: on smaller grids a cell has the mean of those that it
+    covers.
     """
     grid = schedule.grids[-1]
-    cells = _filled(region, grid)
+    cells = _filled(region, schedule.frame)
     if not cells.any():
         return torch.ones(grid)
-    distance = _distances(cells, schedule)
+    distance = _distances(cells)
     if int(_filled(region, COARSE).sum()) < FEW:
-        return ((distance - HARD) / SOFT).clamp(0, 1)
-    return (distance > HARD).float()
+        weight = ((distance - HARD) / SOFT).clamp(0, 1)
+    else:
+        weight = (distance > HARD).float()
+    return F.adaptive_avg_pool2d(weight[None], grid)[0]
 
 
 def _filled(region: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -130,12 +133,9 @@ def _filled(region: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(region.cpu().double()[None], grid)[0] >= FILLED
 
 
-def _distances(cells: Tensor, schedule: Schedule) -> Tensor:
+def _distances(cells: Tensor) -> Tensor:
     """City-block distance of every cell to the nearest true one, (H, W) float32."""
-    along_y, along_x = (
-        (torch.arange(count)[:, None] - torch.arange(count)).abs() * (full / count)
-        for count, full in zip(cells.shape, schedule.frame, strict=True)
-    )
+    along_y, along_x = ((torch.arange(count)[:, None] - torch.arange(count)).abs() for count in cells.shape)
     start = torch.where(cells, 0.0, torch.inf)
     in_rows = (start[:, None, :] + along_x).amin(2)
     return (in_rows[None] + along_y[:, :, None]).amin(1)

@@ -173,7 +173,7 @@ def test_mistakes_of_settings() -> None:
 
 
 def test_weights_of_a_region() -> None:
-    """On the grid of 1M the published ramp; on a smaller one its values at the same distances."""
+    """On the grid of 1M the published ramp; on a smaller one its means."""
     large = Schedule.of(1.0, "1M")
     region = torch.zeros(64, 64, dtype=torch.bool)
     region[20:24, 20:24] = True
@@ -181,7 +181,8 @@ def test_weights_of_a_region() -> None:
     assert fine[21, 24:30].tolist() == [0, 0.25, 0.5, 0.75, 1, 1]
     assert fine[24, 24].item() == 0.25  # two steps
     coarse = regions.weights(region, SQUARE)
-    assert coarse[5, 5:8].tolist() == [0, 0.75, 1]
+    assert coarse[5, 5:8].tolist() == [0, 0.375, 1]
+    assert torch.equal(coarse, fine.unflatten(0, (16, 4)).unflatten(2, (16, 4)).mean((1, 3)))
     assert regions.weights(torch.zeros(5, 7, dtype=torch.bool), SQUARE).eq(1).all()
     big = torch.zeros(64, 64, dtype=torch.bool)
     big[:, :40] = True
