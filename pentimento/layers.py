@@ -22,6 +22,7 @@ class Dropout(nn.Module):
         self.seeds: Sequence[int] = ()
         """Of the rows of a batch; none: nothing is left out."""
 
+    @torch.compiler.disable  # whose guards would hold the seeds, which every step changes
     def forward(self, x: Tensor) -> Tensor:
         """x (n B, ...) for B seeds; several times B where a method predicts for several states of a row at once."""
         if not self.seeds:
