@@ -1,6 +1,6 @@
 """The verbs of Infinity, on a tiny one: identities that hold for any weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,17 +225,28 @@ def test_checkpointing_changes_nothing(
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_compiled_blocks_train_alike(
-    infinity: Infinity, infinity_config: InfinityConfig, totals: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Traced once for all blocks; pictures are drawn as ever."""
-    graphs: list[torch.fx.GraphModule] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """What was traced of compiled blocks; an error where something changes in every step, and torch gives up tracing it."""
+    traced: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
+        traced.append(graph)
         return graph.forward
 
+    torch.compiler.reset()
     monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend=backend))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield traced
+
+
+def test_compiled_blocks_train_alike(
+    infinity: Infinity,
+    infinity_config: InfinityConfig,
+    totals: list[Tensor],
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    """Traced once for all blocks; pictures are drawn as ever."""
     compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
     results = []
     for each in (infinity, compiled):
@@ -250,6 +261,33 @@ def test_compiled_blocks_train_alike(
     text = infinity.encode_prompts(PROMPTS)
     drawn = [each.generate(text, SCHEDULE, Sampling(), seed=0).z for each in (infinity, compiled)]
     assert torch.equal(*drawn) and len(graphs) == 1
+
+
+def test_compiled_blocks_are_not_traced_again_for_other_dropouts(
+    infinity: Infinity,
+    infinity_config: InfinityConfig,
+    totals: list[Tensor],
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    """However many steps there are; gradients are those of blocks that are not compiled."""
+    compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
+    counts, gradients = [], []
+    for each in (infinity, compiled):
+        adapters = Adapters(each.transformer)
+        adapters.add("lora", LoRA(targets=r".*\.ffn\.fc[12]", rank=4, alpha=32, dropout=0.5))
+        trained = adapters.train("lora")
+        for parameter in trained:
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        adapters.use(lora=1)
+        text = each.encode_prompts(PROMPTS)
+        for step in range(3):
+            adapters.drop((step, 7, 8))
+            each.logits(text, totals, SCHEDULE).square().mean().backward()
+            counts.append(len(graphs))
+        gradients.append([parameter.grad for parameter in trained])
+    assert counts[:3] == [0, 0, 0] and counts[3] == counts[4] == counts[5] > 0
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_is_for_the_blocks(

@@ -1,5 +1,6 @@
 """EditInfinity on a tiny Infinity: what is trained when, what an edit may change, and its recipes from picture to edit."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,18 @@ from PIL import Image
 from tiny_infinity import SIZE
 from torch import Tensor
 
-from pentimento import images, recipe, run
+from pentimento import data, images, recipe, run, train
+from pentimento.cache import Samples
+from pentimento.data import DataConfig
 from pentimento.errors import UserError
 from pentimento.infinity import regions
 from pentimento.infinity.backbone import Infinity
+from pentimento.infinity.config import InfinityConfig
 from pentimento.infinity.sampling import Sampling
 from pentimento.infinity.scales import Schedule
 from pentimento.method import EditSettings, Example
-from pentimento.methods.editinfinity import EditInfinity
-from pentimento.train import Draws
+from pentimento.methods.editinfinity import EditInfinity, FeedForwardLoRA
+from pentimento.train import Draws, Report, Stage
 
 CAPTION = "a cat on a red mat"
 SQUARE, TALL = Schedule.of(1.0, SIZE), Schedule.of(1.5, SIZE)
@@ -203,6 +207,61 @@ def test_attention_to_a_word(infinity: Infinity, picture: Callable[..., Image.Im
     assert regions.token_span(CAPTION, "red mat", words) == (
         words.index(4), len(words) - 1
     )  # fmt: skip
+
+
+@pytest.fixture
+def learn(
+    infinity_config: InfinityConfig, tmp_path: Path, picture: Callable[..., Image.Image]
+) -> Callable[..., dict[str, Tensor]]:
+    """``learn(out)``: both stages with all that is dropped at random, by a model that was just loaded; what was learnt."""
+    file = tmp_path / "photo.png"
+    picture(0, 60, 60).save(file)
+    rows = data.open_data(DataConfig(root=str(file), kind="picture", prompt="", held_out=0))
+    dropping: dict[str, Any] = {"text_dropout": 0.3, "drop_path": 0.5, "lora": FeedForwardLoRA(dropout=0.5)}
+
+    def learn(
+        out: str, watch: train.Watch | None = None, checkpointing: bool = False, **layout: Any
+    ) -> dict[str, Tensor]:
+        backbone = replace(infinity_config, gradient_checkpointing=checkpointing)
+        edit = EditInfinity.load(backbone, EditInfinity.Config(source_prompt=CAPTION, rows=4, **dropping))
+        edit.adapters.reset(1)
+        samples = Samples(rows, edit)
+        samples.precompute()
+        stages = {
+            name: Stage(train=(name,), steps=3, lr=0.1, eps=1e-3, **{"accumulate": 2, **layout})
+            for name in ("prompt", "lora")
+        }
+        train.train(edit, stages, samples, train.Run(out=tmp_path / out), watch)
+        state = edit.adapters.state_dict()
+        return {**state["tensors"], **state["lora"]}
+
+    return learn
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(learn: Callable[..., dict[str, Tensor]]) -> None:
+    """Bit for bit, with drop path and dropout, interrupted in either stage; also where activations are recomputed."""
+
+    def stop(stage: str, step: int) -> train.Watch:
+        def watch(report: Report) -> None:
+            if (report.stage, report.step) == (stage, step):
+                signal.raise_signal(signal.SIGINT)
+
+        return watch
+
+    whole = learn("whole")
+    for stage, step in (("prompt", 1), ("lora", 2)):
+        with pytest.raises(KeyboardInterrupt, match=f"after step {step} of {stage}"):
+            learn("run", stop(stage, step))
+        torch.rand(7)  # whatever was drawn elsewhere
+    for other in (learn("run"), learn("recomputed", checkpointing=True)):
+        assert other.keys() == whole.keys() and all(torch.equal(other[key], whole[key]) for key in whole)
+
+
+def test_accumulated_batches_are_a_larger_one(learn: Callable[..., dict[str, Tensor]]) -> None:
+    halves, together, half = learn("a"), learn("b", accumulate=1, batch_size=2), learn("c", accumulate=1)
+    for key, value in halves.items():
+        torch.testing.assert_close(value, together[key], rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(value, half[key], rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["editinfinity", "editinfinity-mask", "editinfinity-auto"])
