@@ -68,7 +68,7 @@ def explained_memory(stage: str = "") -> Iterator[None]:
             raise
         raise UserError(
             f"{f'stages.{stage}: ' * bool(stage)}out of memory; to train: a smaller stages.{stage or 'NAME'}.batch_size (and more"
-            " accumulate), a smaller config.resolution, backbone.gradient_checkpointing=true, or backbone.precision=bf16; to edit:"
-            " backbone.offload=model, or a GGUF file as backbone.transformer_file"
+            " accumulate), a smaller config.resolution (for Infinity config.size), backbone.gradient_checkpointing=true, or"
+            " backbone.precision=bf16; to edit with FLUX: backbone.offload=model, or a GGUF file as backbone.transformer_file"
             f" ({first_line(error)})"
         ) from error

@@ -249,7 +249,7 @@ def execute(
         texts = job.instructions or (editor.asked(None),)
         source = images.open_image(job.source)
         mask = images.open_mask(job.mask, white=job.mask_white) if job.mask else None
-        region = editor.region(source, mask=mask)
+        region = editor.region(source) if mask is None else None
         if region is not None and region.attention is not None:
             mask = region.mask
             stem = job.sheet.with_name(job.sheet.stem.removesuffix("-sheet"))

@@ -22,17 +22,23 @@ CELL = 512
 BAR = 24
 
 
+def paths(stem: Path) -> dict[str, Path]:
+    """What ``save`` may write, by the field of a region that it shows."""
+    kinds = {
+        "attention": "attention_analysis", "mask": "mask-white-changes", "weights": "weights-white-keeps",
+    }  # fmt: skip
+    return {field: stem.with_name(f"{stem.name}-{kind}.png") for field, kind in kinds.items()}
+
+
 def save(region: Region, source: Image.Image, stem: Path) -> Iterator[Path]:
     """Write ``STEM-mask-white-changes.png`` and ``STEM-weights-white-keeps.png`` of the picture's size and, where the region was
     found by attention, ``STEM-attention_analysis.png``; yields each path when it is written.
     """
+    to = paths(stem)
     if region.attention is not None:
-        yield images.save_image(
-            analysis(region, source), stem.with_name(f"{stem.name}-attention_analysis.png")
-        )
-    for name, picture in (("mask-white-changes", region.mask), ("weights-white-keeps", region.weights)):
-        whole = picture.resize(source.size, Image.Resampling.NEAREST)
-        yield images.save_image(whole, stem.with_name(f"{stem.name}-{name}.png"))
+        yield images.save_image(analysis(region, source), to["attention"])
+    for field, picture in (("mask", region.mask), ("weights", region.weights)):
+        yield images.save_image(picture.resize(source.size, Image.Resampling.NEAREST), to[field])
 
 
 def analysis(region: Region, source: Image.Image) -> Image.Image:

@@ -173,12 +173,21 @@ def masks(what: What, request: "Request", say: Say) -> Iterator[Path]:
     for one in ready:
         if one.config.region == "whole" and one.case.mask is None:
             raise UserError("say what may change: --target-word, a word of --source, or --mask")
+        _check_inputs_stay(one.case, request.out / one.case.name)
     for one in ready:
         editor = Editor(method=what.method.load(what.setup.backbone, one.config))
         photo = images.open_image(one.case.picture)
         region = editor.region(photo, mask=_mask(one.case))
         if region is not None:
             yield from heatmaps.save(region, photo, request.out / one.case.name)
+
+
+def _check_inputs_stay(case: Case, stem: Path) -> None:
+    """No mask that is shown may replace the one that was given, which need not be as sharp."""
+    inputs = [path.resolve() for path in (case.picture, case.mask) if path]
+    for path in heatmaps.paths(stem).values():
+        if path.resolve() in inputs:
+            raise UserError(f"{path}: the result would replace an input; choose another --out")
 
 
 def learn(

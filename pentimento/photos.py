@@ -81,7 +81,11 @@ def learn(photo: Image, recipe: Recipe, on: Method | None = None) -> Path:
     raw["data"]["root"] = str(file)
     named = recipe_.build(raw, schema.Origin(name=f"recipe {recipe.method}"))
     method = on and on.learner(recipe_.method_class(named.method), named.config)
-    run.train_run(named, out, resume=(out / runfolder.RECIPE).is_file(), method=method)
+    begun = (out / runfolder.RECIPE).is_file()
+    if begun:
+        # By the key it learns the same; where and how fast may differ, as after it ran out of memory.
+        runfolder.write_text(out / runfolder.RECIPE, recipe_.dump(named))
+    run.train_run(named, out, resume=begun, method=method)
     # The optimizer's state is three times as large as the adapter, and this run has ended.
     shutil.rmtree(out / checkpoint.FOLDER)
     return out

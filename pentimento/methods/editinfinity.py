@@ -211,7 +211,8 @@ class EditInfinity(Method):
         return Schedule.of(nearest_ratio(height, width), self.pixels)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Pixels of the schedule; the picture is squeezed into them."""
+        """Pixels of the schedule; the picture is squeezed into them. ``UserError`` for one that is too small or too long."""
+        _check_size("the picture", width, height)
         rows, columns = self.schedule(width, height).pixels
         return columns, rows
 

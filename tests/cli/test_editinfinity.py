@@ -305,6 +305,8 @@ def test_pictures_that_are_too_small_or_too_long(
     for size, words in (((16, 16), "16x16 is too small"), ((300, 60), "300x60 is too long")):
         Image.new("RGB", size).save(tmp_path / "odd.png")
         assert words in refuse("edit", "editinfinity", "odd.png", *short, "--source", "a", "--prompt", "b")
+        given = [*short, "data.root=odd.png", "config.source_prompt=a"]
+        assert words in refuse("train", "editinfinity", *given, "--dry-run")
 
 
 def test_other_methods_do_not_learn_pictures(refuse, cat: Path, trained: Path) -> None:
@@ -329,6 +331,33 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, call, cat: Path, short: li
     monkeypatch.setattr(learning.photos, "learn", stop)
     result = call("edit", "editinfinity", cat, *short, "--source", CAPTION, "--prompt", "x", code=130)
     assert "the same command goes on from here" in result.stderr
+
+
+def test_out_of_memory_while_learning(
+    monkeypatch: pytest.MonkeyPatch, call, cat: Path, short: list[str], own_cache: Path
+) -> None:
+    """What it then says to change is no other thing to learn, but may be changed."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    arguments = ["edit", "editinfinity", cat, *short, "--source", CAPTION, "--prompt", "x", "--out", "a.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Infinity, "logits", fail)
+        said = call(*arguments, code=2).stderr
+    assert "backbone.gradient_checkpointing=true" in said and "config.size" in said
+    call(*arguments, "backbone.gradient_checkpointing=true", "watch.every=0")
+    assert pixels("a.png").shape == (90, 60, 3) and len(learnt(own_cache)) == 1
+
+
+def test_shown_masks_replace_none_that_was_given(call, refuse, cat: Path, short: list[str]) -> None:
+    mask = Path("masks/cat-mask-white-changes.png")
+    mask.parent.mkdir()
+    Image.linear_gradient("L").resize(SIZE).save(mask)
+    before = mask.read_bytes()
+    assert "would replace an input" in refuse("mask", "editinfinity", cat, *short, "--mask", mask)
+    assert mask.read_bytes() == before and len(list(mask.parent.iterdir())) == 1
+    call("mask", "editinfinity", cat, *short, "--mask", mask, "--out", "other")
 
 
 def test_the_analysis_shows_the_extremes_in_the_outermost_colours() -> None:
