@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,10 +186,13 @@ def _watches(recipe: Recipe) -> bool:
 
 
 def precision_of(method: Method) -> train.Precision:
-    """Of the frozen model: the dtype of its largest weight that is not packed; adapters are float32 always."""
+    """Of the frozen model: the dtype of most of its weights that are not packed; adapters are float32 always."""
     own = {id(p) for p in method.adapters.parameters(*method.adapters.specs)}
-    frozen = [p for p in method.adapters.host.parameters() if id(p) not in own and p.is_floating_point()]
-    return PRECISIONS[max(frozen, key=torch.Tensor.numel).dtype]
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in method.adapters.host.parameters():
+        if id(parameter) not in own and parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return PRECISIONS[counts.most_common(1)[0][0]]
 
 
 def measure(example: Example, result: Image) -> dict[str, float]:

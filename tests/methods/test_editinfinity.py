@@ -264,6 +264,21 @@ def test_accumulated_batches_are_a_larger_one(learn: Callable[..., dict[str, Ten
         assert not torch.allclose(value, half[key], rtol=1e-2, atol=1e-4)
 
 
+def test_the_loop_knows_the_precision(
+    infinity_config: InfinityConfig, picture: Callable[..., Image.Image]
+) -> None:
+    """That of the blocks, although the largest single weight lies outside of them; the loss is the same under its autocast."""
+    edit = method(Infinity.load(replace(infinity_config, precision="bf16")), text_dropout=0.5)
+    weights = dict(edit.infinity.transformer.named_parameters())
+    assert max(weights, key=lambda name: weights[name].numel()) == "shared_ada_lin.1.weight"
+    assert weights["shared_ada_lin.1.weight"].dtype == torch.float32
+    assert run.precision_of(edit) == "bf16"
+    batch = batch_of(edit, picture(0, 80, 80))
+    plain, trained = trained_by(edit, batch, "lora")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trained_by(edit, batch, "lora") == (plain, trained)
+
+
 @pytest.mark.parametrize("name", ["editinfinity", "editinfinity-mask", "editinfinity-auto"])
 def test_recipes(name: str, tiny_infinity: Path, tmp_path: Path, picture: Callable[..., Image.Image]) -> None:
     """Trained on a picture, saved, loaded and used."""
