@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapter_files, files, images, lookup, runfolder, schema, stored
+from . import adapter_files, editing, files, images, lookup, runfolder, schema, stored
 from . import recipe as recipe_
 from .errors import UserError
-from .export import Exported, Lines, nearest_folder, writing
+from .export import Exported, Lines, writing
 from .infinity import authored, loading, pyramids
 from .infinity.backbone import Codes, quantize
 from .infinity.config import InfinityConfig
@@ -56,9 +56,7 @@ def export(what: Path, out: Path, overrides: Sequence[str] = ()) -> Exported:
     Raises:
         UserError: nothing there, something that their scripts cannot take, files in the way, or no caption.
     """
-    nearest = nearest_folder(out / "any")
-    if not nearest.is_dir():
-        raise UserError(f"--out: {out} cannot be a folder, because {nearest} is a file")
+    editing.check_folder(out)
     if (what / runfolder.RECIPE).is_file():
         lines = _weights(what, out)
     elif what.suffix.lower() in images.READABLE:

@@ -138,15 +138,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds safetensors files, and all that its indices name: of a model in the hub's cache some may be missing."""
+    return any(folder.glob("*.safetensors")) and not _missing(folder)
+
+
+def _missing(folder: Path) -> dict[str, str]:
+    """Files of weights that are named but not there, each with what names it."""
+    named = {
+        file: index.name
+        for index in folder.glob("*.safetensors.index.json")
+        for file in read_json(index).get("weight_map", {}).values()
+    }
+    return {file: index for file, index in sorted(named.items()) if not (folder / file).is_file()}
+
+
 def check_weights(folder: Path) -> None:
     """Open every safetensors file of a folder, which verifies header and length; errors name the file."""
+    if missing := _missing(folder):
+        file, index = next(iter(missing.items()))
+        raise UserError(f"{folder / file}: is missing, though {index} names it; download the model again")
     files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        named = set(read_json(index).get("weight_map", {}).values())
-        if missing := sorted(named - {path.name for path in files}):
-            raise UserError(
-                f"{folder / missing[0]}: is missing, though {index.name} names it; download the model again"
-            )
     if not files:
         raise UserError(
             f"{folder}: holds no .safetensors file; other formats (.bin, .ckpt) are not read, and a .gguf file is named by "

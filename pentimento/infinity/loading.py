@@ -112,11 +112,11 @@ class _Absent(Exception):
 
 
 def locate_outline(config: InfinityConfig) -> Weights | None:
-    """Like ``locate``, but nothing is downloaded: ``None`` for a hub model that is not in the cache."""
+    """Like ``locate``, but nothing is downloaded: ``None`` for a hub model that is not, or not wholly, in the cache."""
 
     def held(name: str, files: Sequence[str], key: str, size: str) -> Path:
         folder = pretrained.cached(name, [file for file in files if file.endswith((".pth", "config.json"))])
-        if folder is None:
+        if folder is None or ("*.safetensors" in files and not pretrained.is_complete(folder)):
             raise _Absent
         return folder
 

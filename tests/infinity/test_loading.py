@@ -313,7 +313,7 @@ def test_hub_models(hub: Path, tiny_infinity: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_outline_of_a_hub_model_downloads_nothing(
-    hub: Path, tiny_infinity: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Path, tiny_infinity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = InfinityConfig(weights="FoundationVision/Infinity", device="cpu")
     cached = {"FoundationVision/Infinity": hub}
@@ -323,7 +323,15 @@ def test_outline_of_a_hub_model_downloads_nothing(
         lambda name, file: str(cached[name] / file) if name in cached else None,
     )
     assert Infinity.outline(config) is None, "flan-t5-xl is not there"
-    cached["google/flan-t5-xl"] = tiny_infinity / "t5"
+    whole = tiny_infinity / "t5"
+    cached["google/flan-t5-xl"] = tmp_path / "t5"
+    shutil.copytree(whole, tmp_path / "t5", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert Infinity.outline(config) is None, "only its tokenizer is there"
+    shutil.copy(whole / "model.safetensors", tmp_path / "t5" / "1.safetensors")
+    index = tmp_path / "t5" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    assert Infinity.outline(config) is None, "half of it is there"
+    cached["google/flan-t5-xl"] = whole
     outline = Infinity.outline(config)
     assert outline is not None and outline.weights.name == "FoundationVision/Infinity"
     del cached["FoundationVision/Infinity"]
