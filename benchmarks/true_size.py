@@ -128,7 +128,7 @@ def write(place: Path, size: Size) -> Path:
         vocab_size=len(AutoTokenizer.from_pretrained(shipped("pocket-fill") / "tokenizer_2")),
     )  # fmt: skip
     T5EncoderModel(config).save_pretrained(text / "text_encoder_2")
-    shutil.copytree(shipped("pocket-fill") / "tokenizer_2", text / "tokenizer_2")
+    shutil.copytree(shipped("pocket-fill") / "tokenizer_2", text / "tokenizer_2", dirs_exist_ok=True)
     settings = {"size": size.size, "groups": size.tokenizer.groups, "text_encoder": str(text.resolve())}
     (place / SETTINGS).write_text(json.dumps(settings))
     return place

@@ -15,7 +15,7 @@ from typing import Any
 from . import images
 from .editing import Asked, White
 from .errors import UserError
-from .layouts import read_text
+from .layouts import json_object, lines_of, read_text
 
 PICTURE, MASK = "original_image", "mask.png"
 CAPTION, TARGET, WORD = "original_image_prompt.txt", "edit_image_prompt.txt", "target_word.txt"
@@ -108,13 +108,12 @@ def from_lines(file: Path) -> Iterator[tuple[str, Case | UserError]]:
         UserError: the file cannot be read, holds nothing, or two cases of one name.
     """
     found: list[tuple[str, Case | UserError]] = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                case = _case_of(line, file.parent)
-                found.append((case.name, case))
-            except UserError as error:
-                found.append((f"line {number}", error))
+    for number, line in lines_of(file):
+        try:
+            case = _case_of(line, file.parent)
+            found.append((case.name, case))
+        except UserError as error:
+            found.append((f"line {number}", error))
     if not found:
         raise UserError(
             f'{file}: holds no cases; expected lines like {{"id": "cat", "image": "cat.jpg", "source_prompt": "a cat",'
@@ -127,12 +126,7 @@ def from_lines(file: Path) -> Iterator[tuple[str, Case | UserError]]:
 
 
 def _case_of(line: str, folder: Path) -> Case:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(values, dict):
-        raise UserError("is not a JSON object; one object per line is expected")
+    values = json_object(line)
     said = {what: _one_of(values, names) for what, names in FIELDS.items()}
     _check_misspelt(values)
     white = said["mask_white"] or "change"

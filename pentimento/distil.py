@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from . import data, lookup, progress, run, runfolder, schema, train
+from . import data, files, lookup, progress, run, runfolder, schema, train
 from . import export as export_
 from . import recipe as recipe_
 from .adapters import Adapters
@@ -169,7 +169,7 @@ def _make(
     kept = "merged"
     if settings.steps:
         merged = {key: value.clone() for key, value in method.adapters.state_dict()[PLAIN].items()}
-        _distil(method, name, training, settings, seed, export_.nearest_folder(file))
+        _distil(method, name, training, settings, seed, files.nearest(file.absolute().parent))
         error["distilled"] = deviation(method, name, {PLAIN: 1.0}, watched, settings.measured, seed)
         if error["distilled"] < error["merged"]:
             kept = "distilled"

@@ -374,7 +374,7 @@ def stems(paths: Sequence[Path]) -> list[str]:
 
 def check_folder(folder: Path) -> None:
     """A folder of results is made when there is something to write; ``UserError`` where something stands in its way."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    nearest = files.nearest(folder)
     if not nearest.is_dir():
         raise UserError(f"--out: {folder} cannot be made a folder, because {nearest} is a file")
 

@@ -92,15 +92,10 @@ def target_file(out: Path, name: str = inspection.WEIGHTS_NAME) -> Path:
     file = out if out.suffix == Path(name).suffix else out / name
     if file.exists():
         raise UserError(f"--out: {file} is there already; choose another place")
-    nearest = nearest_folder(file)
+    nearest = files.nearest(file.absolute().parent)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--out: {file} cannot be written, because {nearest} is no folder to write to")
     return file
-
-
-def nearest_folder(file: Path) -> Path:
-    """The innermost of a file's folders that is there."""
-    return next(path for path in file.absolute().parents if path.exists())
 
 
 @contextmanager

@@ -31,6 +31,11 @@ def write(path: Path, data: bytes, *, durable: bool = True) -> None:
         part.unlink(missing_ok=True)
 
 
+def nearest(path: Path) -> Path:
+    """The path itself if it is there, else the innermost of its folders that is."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def pointer(start: bytes, what: str) -> str:
     """What to say of a file that begins so, where Git left it in place of ``what``; empty for all other files."""
     if not start.startswith(b"version https://git-lfs"):

@@ -327,7 +327,7 @@ def scan_splits(root: Path) -> tuple[list[Found], str]:
     folder = root / "splits"
     path = _jsonl_file(folder if folder.is_dir() else root)
     rows: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         rows.setdefault(line, number)
     found = _rows(path, ((number, line) for line, number in rows.items()), _splits_row)
     return found, f"the fields {' and '.join(CAPTION_FIELDS)} of {path}"
@@ -336,10 +336,10 @@ def scan_splits(root: Path) -> tuple[list[Found], str]:
 def scan_jsonl(root: Path) -> tuple[list[Found], str]:
     """The pairs of a JSONL file, in the order of its lines, and where their prompts are looked for."""
     path = _jsonl_file(root)
-    return _rows(path, _lines(path), _jsonl_row), f"the fields {', '.join(PROMPT_FIELDS)} of {path}"
+    return _rows(path, lines_of(path), _jsonl_row), f"the fields {', '.join(PROMPT_FIELDS)} of {path}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a JSONL file that hold something, and their numbers."""
     # Not splitlines(): JSON texts may hold U+2028, which is no end of a line.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -353,7 +353,7 @@ def _rows(
     found, problems = [], []
     for number, line in lines:
         try:
-            found.append((number, read(_object(line), path.parent)))
+            found.append((number, read(json_object(line), path.parent)))
         except UserError as error:
             problems.append(f"line {number}: {error}")
     if problems:
@@ -381,8 +381,8 @@ def _jsonl_file(root: Path) -> Path:
     return files[0]
 
 
-def _object(line: str) -> dict[str, Any]:
-    """A line's fields, without those that are null."""
+def json_object(line: str) -> dict[str, Any]:
+    """The fields of a line, without those that are null; ``UserError`` for what is no object."""
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:

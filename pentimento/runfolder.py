@@ -91,7 +91,7 @@ def check_new(out: Path) -> None:
     Raises:
         UserError: the folder holds a run, or anything else, or a file stands in its way.
     """
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    nearest = files.nearest(out)
     if not nearest.is_dir():
         raise UserError(f"{out} {IN_THE_WAY}")
     if nearest != out:
