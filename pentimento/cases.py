@@ -15,7 +15,7 @@ from typing import Any
 from . import images
 from .editing import Asked, White
 from .errors import UserError
-from .layouts import read_text
+from .layouts import fields_of, read_text
 
 PICTURE, MASK = "original_image", "mask.png"
 CAPTION, TARGET, WORD = "original_image_prompt.txt", "edit_image_prompt.txt", "target_word.txt"
@@ -127,12 +127,7 @@ def from_lines(file: Path) -> Iterator[tuple[str, Case | UserError]]:
 
 
 def _case_of(line: str, folder: Path) -> Case:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(values, dict):
-        raise UserError("is not a JSON object; one object per line is expected")
+    values = fields_of(line)
     said = {what: _one_of(values, names) for what, names in FIELDS.items()}
     _check_misspelt(values)
     white = said["mask_white"] or "change"

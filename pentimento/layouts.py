@@ -353,7 +353,7 @@ def _rows(
     found, problems = [], []
     for number, line in lines:
         try:
-            found.append((number, read(_object(line), path.parent)))
+            found.append((number, read(fields_of(line), path.parent)))
         except UserError as error:
             problems.append(f"line {number}: {error}")
     if problems:
@@ -381,8 +381,8 @@ def _jsonl_file(root: Path) -> Path:
     return files[0]
 
 
-def _object(line: str) -> dict[str, Any]:
-    """A line's fields, without those that are null."""
+def fields_of(line: str) -> dict[str, Any]:
+    """The fields of a line of JSONL, without those that are null; raises ``UserError`` where it is no object."""
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
