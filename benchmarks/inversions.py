@@ -125,7 +125,7 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
     source, target = (score.pictures([case], side, columns)[0] for side in ("source", "target"))
     images.save_image(source, work.place / "source.png")
     images.save_image(target, work.place / "target.png")
-    before, truth = (unit(picture) for picture in (source, target))
+    before, truth = images.to_unit([source, target])
     changed = readout.edited_region(before, truth)
     mask = Image.fromarray((changed.numpy() * 255).astype("uint8"))
     for name in work.arms:
@@ -136,7 +136,7 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
         else:
             plan = plan_of(name, case, work.place / "source.png", overrides)
             result, found = edited(method, name, plan, case, Example(source=source, mask=mask))
-        reading = readout.judge(unit(result), case.source, case.target, case.wanted)
+        reading = readout.judge(images.to_unit([result])[0], case.source, case.target, case.wanted)
         images.save_image(result, out / "result.png")
         found |= {
             "task": case.task, "key": case.key, "arm": name, "success": float(reading.success), "kept": reading.kept,
@@ -144,11 +144,6 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
             "instruction": case.instruction, "target_prompt": case.target_prompt,
         }  # fmt: skip
         runfolder.write_text(out / "result.json", json.dumps(found, indent=1) + "\n")
-
-
-def unit(picture: Image.Image) -> torch.Tensor:
-    """(3, H, W) in [0, 1]."""
-    return (images.to_tensor([picture])[0] + 1) / 2
 
 
 def edited(

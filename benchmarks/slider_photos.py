@@ -27,7 +27,7 @@ from benchmarks.cells import cell_text, pool, trained, words
 from benchmarks.sliders import RAW, Cell, change_of, settings
 from pentimento import calibrate, images, metrics, photos, recipe, runfolder
 from pentimento.editing import scale_values
-from pentimento.pocket import dataset, faces, readout, score
+from pentimento.pocket import dataset, readout, score
 from pentimento.pocket.faces import Change
 from pentimento.pocket.tasks import Case, cases
 from pentimento.recipe import Setup
@@ -121,7 +121,7 @@ def drawn(subject: Subject, one: Slider, scale: float) -> Image.Image:
 def read(case: Case, one: Slider, picture: Image.Image) -> dict[str, float]:
     """What a picture of a face shows, compared with the truth."""
     change, source = one.change, case.source
-    found = readout.judge(faces.pixels(picture), source, source | change.wanted, change.wanted)
+    found = readout.judge(images.to_unit([picture])[0], source, source | change.wanted, change.wanted)
     reached = change.response(float(source[change.attribute]), float(found.scene[change.attribute]))
     return {
         "happened": float(reached >= HAPPENED),
