@@ -39,7 +39,7 @@ from pentimento.pocket import captions, readout, score
 from pentimento.pocket.tasks import Case, cases
 from pentimento.recipe import Recipe
 
-from .cells import Gathered, intervals, pool, show, trained, words
+from .cells import Gathered, intervals, machine, pool, show, trained, words
 
 TASKS = ("recolour", "replace", "background", "add")
 TOKENIZER, ALL = "encode and decode", "all tasks"
@@ -287,9 +287,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     every = list(works(args))
     left = [work for work in every if work.arms]
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {
-        "pentimento": pentimento.__version__, "torch": torch.__version__, "device": where, "workers": args.workers,
+        "pentimento": pentimento.__version__, "torch": torch.__version__, "device": machine(), "workers": args.workers,
         "cases": args.cases, "phrasing": args.phrasing, "overrides": args.overrides,
     }  # fmt: skip
     print(f"{json.dumps(about)}\n{len(left)} of {len(every)} cases", flush=True)

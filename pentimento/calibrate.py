@@ -225,9 +225,7 @@ def read_out(
     Raises:
         UserError: no face that could be read and could show the change.
     """
-    chosen = faces.find(
-        asked, lambda some: probe.pictures(probe.draw(some, [0.0])[0.0]), [change], count, MOST * count
-    )
+    chosen = faces.find(probe, asked, [change], count, MOST * count)
     if not chosen:
         raise UserError(
             f"of {counted(MOST * count, 'picture')} none is a drawn face that could show the change; measure=latents needs none,"

@@ -5,7 +5,7 @@ scales are read as edits of that.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..images import to_unit
+from ..method import Probe
 from . import captions
 from . import scene as world
 from .readout import STEPS, attributes, edited_region, read, read_all, same, visible
@@ -137,17 +138,21 @@ def unsaid(case: Case) -> str:
 
 
 def find(
+    probe: Probe,
     asked: Iterator[tuple[str, int]],
-    draw: Callable[[Sequence[tuple[str, int]]], Sequence[Image]],
     changes: Sequence[Change],
     count: int,
     most: int,
 ) -> list[Face]:
-    """The first ``count`` faces that are recognised and have room for each change; of ``most`` pictures at most."""
+    """The first ``count`` faces that the probe draws without the edit, that are recognised and have room for each change.
+
+    Of ``most`` pictures at most.
+    """
     found: list[Face] = []
     for _ in range(0, most, count):
         tried = [next(asked) for _ in range(count)]
-        for (prompt, seed), picture in zip(tried, to_unit(draw(tried)), strict=True):
+        drawn = probe.pictures(probe.draw(tried, [0.0])[0.0])
+        for (prompt, seed), picture in zip(tried, to_unit(drawn), strict=True):
             sight = recognise(picture)
             if sight is None or sight.scene["kind"] != "portrait" or len(found) == count:
                 continue
