@@ -189,7 +189,8 @@ def measured(
     latents = probe.draw([(face.prompt, face.seed) for face in chosen], [scale * unit for scale in SCALES])
     pictures = [probe.pictures(latents[scale * unit]) for scale in SCALES]
     rows = list(zip(*pictures, strict=True))
-    every = faces.looks([p for row in rows for p in row], [face for face in chosen for _ in SCALES], change)
+    flat, whose = [picture for row in rows for picture in row], [face for face in chosen for _ in SCALES]
+    every = faces.looks(flat, whose, change, probe.device)
     looks = [
         [dataclasses.asdict(look) for look in every[i : i + len(SCALES)]]
         for i in range(0, len(every), len(SCALES))

@@ -233,7 +233,8 @@ def read_out(
         )
     latents = probe.draw([(face.prompt, face.seed) for face in chosen], scales)
     pictures = {scale: probe.pictures(latents[scale]) for scale in scales}
-    every = faces.looks([p for scale in scales for p in pictures[scale]], chosen * len(scales), change)
+    flat = [picture for scale in scales for picture in pictures[scale]]
+    every = faces.looks(flat, chosen * len(scales), change, probe.device)
     points, rows = [], []
     for n, scale in enumerate(scales):
         looks = every[n * len(chosen) : (n + 1) * len(chosen)]

@@ -158,7 +158,7 @@ def find(
                 continue
             # Read as the others will be, so that nothing seems to have moved at scale 0.
             target = sight.scene | changes[0].wanted
-            scene, explained = read(picture, sight.scene, target)
+            scene, explained = read(picture.to(probe.device), sight.scene, target)
             if explained >= CLEAR and all(change.fits(scene) for change in changes):
                 outside = elsewhere(picture, scene, scene, scene | changes[0].wanted)
                 found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=outside))
@@ -169,12 +169,13 @@ def find(
 
 def look(picture: Image, face: Face, change: Change) -> Look:
     """Read one picture."""
-    return looks([picture], [face], change)[0]
+    return looks([picture], [face], change, torch.device("cpu"))[0]
 
 
-def looks(pictures: Sequence[Image], faces: Sequence[Face], change: Change) -> list[Look]:
-    """Read pictures of one size, each of a face; on a GPU where there is one."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+def looks(
+    pictures: Sequence[Image], faces: Sequence[Face], change: Change, device: torch.device
+) -> list[Look]:
+    """Read pictures of one size, each of a face, on a device: a GPU compares all of them at once."""
     every = to_unit(pictures)
     sources, targets = [face.scene for face in faces], [face.scene | change.wanted for face in faces]
     read = read_all(every.to(device), sources, targets)
