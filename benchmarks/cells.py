@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import platform
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,13 @@ from pentimento.recipe import Recipe
 
 Gathered = dict[tuple[str, str], dict[str, list[float]]]
 """Values of the columns, by row and table."""
+
+
+def machine() -> str:
+    """The GPU's name, or the kind of CPU and the threads that torch takes."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 @contextmanager

@@ -10,7 +10,6 @@ the adapter stand its untrained base and the autoencoder alone. ``--run WHAT`` m
 import argparse
 import itertools
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from pentimento.metrics import interval
 from pentimento.pocket import dataset, score
 from pentimento.pocket.captions import TEST_PHRASING
 from pentimento.pocket.tasks import Case, cases
+
+from .cells import machine
 
 TASKS = ("recolour", "add", "remove", "replace", "background")
 WORDINGS = {"seen wording": 0, "unseen wording": TEST_PHRASING}
@@ -115,9 +116,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     args.overrides = overrides
     args.out.mkdir(parents=True, exist_ok=True)
-    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else threads
-    print(f"pentimento {pentimento.__version__}, torch {torch.__version__}, {device}")
+    print(f"pentimento {pentimento.__version__}, torch {torch.__version__}, {machine()}")
     folder, seconds = train(args)
     if seconds:
         print(f"{args.recipe}: {args.pairs} pairs, {args.steps} steps, {seconds:.0f} s of training")

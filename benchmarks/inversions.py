@@ -39,7 +39,7 @@ from pentimento.pocket import captions, readout, score
 from pentimento.pocket.tasks import Case, cases
 from pentimento.recipe import Recipe
 
-from .cells import Gathered, intervals, pool, show, trained, words
+from .cells import Gathered, intervals, machine, pool, show, trained, words
 
 TASKS = ("recolour", "replace", "background", "add")
 TOKENIZER, ALL = "encode and decode", "all tasks"
@@ -125,7 +125,7 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
     source, target = (score.pictures([case], side, columns)[0] for side in ("source", "target"))
     images.save_image(source, work.place / "source.png")
     images.save_image(target, work.place / "target.png")
-    before, truth = (unit(picture) for picture in (source, target))
+    before, truth = images.to_unit([source, target])
     changed = readout.edited_region(before, truth)
     mask = Image.fromarray((changed.numpy() * 255).astype("uint8"))
     for name in work.arms:
@@ -136,7 +136,7 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
         else:
             plan = plan_of(name, case, work.place / "source.png", overrides)
             result, found = edited(method, name, plan, case, Example(source=source, mask=mask))
-        reading = readout.judge(unit(result), case.source, case.target, case.wanted)
+        reading = readout.judge(images.to_unit([result])[0], case.source, case.target, case.wanted)
         images.save_image(result, out / "result.png")
         found |= {
             "task": case.task, "key": case.key, "arm": name, "success": float(reading.success), "kept": reading.kept,
@@ -144,11 +144,6 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
             "instruction": case.instruction, "target_prompt": case.target_prompt,
         }  # fmt: skip
         runfolder.write_text(out / "result.json", json.dumps(found, indent=1) + "\n")
-
-
-def unit(picture: Image.Image) -> torch.Tensor:
-    """(3, H, W) in [0, 1]."""
-    return (images.to_tensor([picture])[0] + 1) / 2
 
 
 def edited(
@@ -292,9 +287,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     every = list(works(args))
     left = [work for work in every if work.arms]
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {
-        "pentimento": pentimento.__version__, "torch": torch.__version__, "device": where, "workers": args.workers,
+        "pentimento": pentimento.__version__, "torch": torch.__version__, "device": machine(), "workers": args.workers,
         "cases": args.cases, "phrasing": args.phrasing, "overrides": args.overrides,
     }  # fmt: skip
     print(f"{json.dumps(about)}\n{len(left)} of {len(every)} cases", flush=True)

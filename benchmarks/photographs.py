@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=10)
     parser.add_argument("--steps", type=int, default=600)
     args, overrides = parser.parse_known_args()
-    files = [p for p in args.folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
+    files = [p for p in args.folder.rglob("*") if p.suffix.lower() in images.READABLE]
     files = sorted(files, key=lambda p: hashlib.sha256(p.stem.encode()).hexdigest())
     held, learnt = files[: args.held_out], files[args.held_out :]
     write_pairs(learnt, args.out / "pairs")

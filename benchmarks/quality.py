@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from pentimento.flux.backbone import Flux
 from pentimento.flux.config import FluxConfig
 from pentimento.pocket import dataset, score
 from pentimento.pocket.tasks import cases
+
+from .cells import machine
 
 
 def pairs_folder(task: str, args: argparse.Namespace) -> Path:
@@ -84,12 +85,7 @@ def main() -> None:
     args.overrides = [a for a in (*args.tasks, *rest) if "=" in a]
     args.tasks = [a for a in args.tasks if "=" not in a]
     args.out.mkdir(parents=True, exist_ok=True)
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print(f"pentimento {pentimento.__version__}, torch {torch.__version__}, {device}")
+    print(f"pentimento {pentimento.__version__}, torch {torch.__version__}, {machine()}")
     for task in args.tasks:
         for name in args.recipes or ["influxedit-edit"]:
             result = measure(task, name, args)

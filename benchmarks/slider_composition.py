@@ -9,19 +9,20 @@ that have room for both changes are drawn without an edit, with each slider and 
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 import pentimento
-from benchmarks.cells import cell_text, words
-from benchmarks.slider_photos import Slider, run_folder, slider
-from pentimento import images, metrics, runfolder
+from pentimento import images, runfolder
 from pentimento.pocket import faces
 from pentimento.pocket.faces import Face
+
+from .cells import intervals, show, words
+from .slider_photos import Slider, folder_of, slider
+from .sliders import MOST
 
 
 def pictures(
@@ -31,11 +32,14 @@ def pictures(
     first, second = sliders
     asked = [(face.prompt, face.seed) for face in chosen]
 
+    def run_of(one: Slider) -> Path:
+        return folder_of(one.task, args) / "run"
+
     def drawn(editor: pentimento.Editor, scale: float) -> list[Image.Image]:
         probe = editor.method.probe()
         return probe.pictures(probe.draw(asked, [scale])[scale])
 
-    both = pentimento.load(run_folder(first.task, args), also=[(run_folder(second.task, args), 1.0)])
+    both = pentimento.load(run_of(first), also=[(run_of(second), 1.0)])
     return {
         "no edit": drawn(first.editor, 0.0),
         first.task: drawn(first.editor, first.editor.unit),
@@ -52,14 +56,6 @@ def read(picture: Image.Image, face: Face, sliders: Sequence[Slider]) -> dict[st
     return made | {"others kept": looks[0].kept, "interference": looks[0].interference}
 
 
-def show(report: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table as Markdown."""
-    columns = list(next(iter(report.values())))
-    print(f"| drawn with | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name, values in report.items():
-        print(f"| {name} | {' | '.join(cell_text(*values[column]) for column in columns)} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Two sliders at once.")
     parser.add_argument("--out", type=Path, required=True)
@@ -74,23 +70,19 @@ def main() -> None:
     torch.set_num_threads(1)
     sliders = [slider(task, args) for task in args.tasks]
     probe = sliders[0].editor.method.probe()
-    chosen = faces.find(
-        faces.prompts(args.tasks[0], "test"),
-        lambda asked: probe.pictures(probe.draw(asked, [0.0])[0.0]),
-        [one.change for one in sliders],
-        args.faces,
-        30 * args.faces,
-    )
+    asked, changes = faces.prompts(args.tasks[0], "test"), [one.change for one in sliders]
+    chosen = faces.find(probe, asked, changes, args.faces, MOST * args.faces)
     made = pictures(sliders, chosen, args)
-    report = {}
+    gathered = {}
     for name, drawn in made.items():
         looks = [read(picture, face, sliders) for picture, face in zip(drawn, chosen, strict=True)]
-        report[name] = {column: metrics.interval([look[column] for look in looks]) for column in looks[0]}
+        columns = {column: [look[column] for look in looks] for column in looks[0]}
+        gathered[name, f"drawn with, {len(chosen)} faces"] = columns
+    report = intervals(gathered)
     out = args.out / "composition"
     sheet = images.sheet(list(zip(*made.values(), strict=True)), titles=list(made), cell=128)
     images.save_image(sheet, out / "faces.png")
     runfolder.write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"{len(chosen)} faces\n")
     show(report)
 
 

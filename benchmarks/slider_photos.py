@@ -2,7 +2,7 @@
 
 python -m benchmarks.slider_photos --out FOLDER [--tasks smile,add-glasses] [--faces 10] [--photographs FOLDER] [--steps 500]
   [--scales 0.5,1,1.5] [--name NAME] [--captions] [--prompt TEXT] [--workers 1]
-  [config.KEY=VALUE inversion.KEY=VALUE ...]
+  [config.KEY=VALUE backbone.KEY=VALUE inversion.KEY=VALUE ...]
 
 Each slider is trained from three pairs of the train split and calibrated, as in ``benchmarks.sliders``. The faces are of the test
 split; each is learnt by heart by the recipe ``inversion``, drawn again, and edited at calibrated scales. Every attribute is read off the
@@ -23,20 +23,19 @@ import torch
 from PIL import Image, ImageOps
 
 import pentimento
-from benchmarks.cells import cell_text, pool, trained, words
-from benchmarks.sliders import RAW, Cell, change_of, settings
-from pentimento import calibrate, images, metrics, photos, recipe, runfolder
+from pentimento import images, metrics, photos, runfolder
 from pentimento.editing import scale_values
-from pentimento.pocket import dataset, faces, readout, score
+from pentimento.pocket import readout, score
 from pentimento.pocket.faces import Change
 from pentimento.pocket.tasks import Case, cases
-from pentimento.recipe import Setup
 from pentimento.run import Editor
+
+from .cells import Gathered, intervals, pool, show, words
+from .sliders import Cell, calibrated, change_of, learn
 
 HAPPENED = 0.5
 """Of a shown change: from here on it counts as made."""
 SIDE = 128
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +57,18 @@ class Subject:
     inversion: Path
 
 
-def run_folder(task: str, args: argparse.Namespace) -> Path:
-    """Where a slider is trained."""
+def folder_of(task: str, args: argparse.Namespace) -> Path:
+    """Where a slider is trained: its pairs, and its run."""
     out: Path = args.out
-    return out / "sliders" / task / "run"
+    return out / "sliders" / task
 
 
 def slider(task: str, args: argparse.Namespace) -> Slider:
     """Train and calibrate a slider, unless that was done."""
     cell = Cell(method="pairedit", task=task, pairs=3, draw=0)
-    run, exemplars = run_folder(task, args), cell.exemplars()
-    pairs = run.with_name("pairs")
-    if not (run / runfolder.RECIPE).is_file():
-        dataset.save(exemplars, out=pairs)
-        plan = settings(cell, args, pairs)
-        trained(plan, recipe.method_class(plan.method).load(plan.backbone, plan.config), run)
-        shown = (f"data.root={pairs}",)
-        calibrate.calibrate(
-            calibrate.Request(what=str(run), scales=RAW, count=args.calibration_faces, settings=shown)
-        )
-    editor = pentimento.load(run, overrides=args.editing)
-    return Slider(task=task, editor=editor, change=change_of(exemplars))
+    learn(cell, folder_of(task, args), args)
+    editor = calibrated(folder_of(task, args), args, args.editing)
+    return Slider(task=task, editor=editor, change=change_of(cell.exemplars()))
 
 
 def drawn_faces(sliders: Sequence[Slider], count: int) -> list[Case]:
@@ -96,7 +86,7 @@ def learnt(
     pictures = [picture for _, picture, _ in named]
     with pool(args.workers) as workers:
         places = workers.map(
-            learn, pictures, itertools.repeat(editor.setup), itertools.repeat(args.inversion)
+            photos.learnt, pictures, itertools.repeat(editor.setup), itertools.repeat(args.inversion)
         )
         found: list[Subject] = []
         for (name, picture, caption), place in zip(named, places, strict=True):
@@ -104,11 +94,6 @@ def learnt(
             prompt = caption if args.captions else args.prompt
             found.append(Subject(name=name, picture=picture, prompt=prompt, inversion=place))
     return found
-
-
-def learn(picture: Image.Image, setup: Setup, overrides: Sequence[str]) -> Path:
-    """One of them."""
-    return photos.learnt(picture, setup, overrides)
 
 
 def drawn(subject: Subject, one: Slider, scale: float) -> Image.Image:
@@ -121,7 +106,7 @@ def drawn(subject: Subject, one: Slider, scale: float) -> Image.Image:
 def read(case: Case, one: Slider, picture: Image.Image) -> dict[str, float]:
     """What a picture of a face shows, compared with the truth."""
     change, source = one.change, case.source
-    found = readout.judge(faces.pixels(picture), source, source | change.wanted, change.wanted)
+    found = readout.judge(images.to_unit([picture])[0], source, source | change.wanted, change.wanted)
     reached = change.response(float(source[change.attribute]), float(found.scene[change.attribute]))
     return {
         "happened": float(reached >= HAPPENED),
@@ -170,27 +155,22 @@ def measure(
 
 def photographs(folder: Path) -> list[tuple[str, Image.Image, str]]:
     """The pictures of a folder, their middle squares at the model's size; a file's name is its caption."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in images.READABLE)
     return [
         (file.stem, ImageOps.fit(images.open_image(file), (SIDE, SIDE), Image.Resampling.LANCZOS), file.stem)
         for file in files
     ]
 
 
-def show(result: Mapping[str, Any]) -> None:
-    """The report as Markdown."""
-    for kind, found in result["measured"].items():
+def table(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means with intervals: of how well pictures are drawn, and where they are faces, of what sliders do to them."""
+    gathered: Gathered = {}
+    for kind, found in measured.items():
         for name, values in found["psnr"].items():
-            print(f"{kind}, {name}: {cell_text(*metrics.interval(values))} dB")
-        if found["looks"]:
-            columns = list(next(iter(found["looks"].values()))[0])
-            print(f"\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-            for task, looks in found["looks"].items():
-                said = [cell_text(*metrics.interval([look[c] for look in looks])) for c in columns]
-                print(f"| {task} | {' | '.join(said)} |")
-        else:
-            for name, value in zip(found["names"], found["psnr"]["drawn again"], strict=True):
-                print(f"  {name}: {value:.1f} dB")
+            gathered[name, f"{kind}, how they are drawn"] = {"PSNR in dB": values}
+        for row, looks in found["looks"].items():
+            gathered[row, kind] = {column: [look[column] for look in looks] for column in looks[0]}
+    return intervals(gathered)
 
 
 def arguments() -> argparse.Namespace:
@@ -210,7 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", help="for all pictures; default: the slider's own")
     parser.add_argument("--captions", action="store_true", help="each face's caption as its prompt")
     args, overrides = parser.parse_known_args()
-    args.overrides = []
+    args.overrides = [o for o in overrides if o.startswith("backbone.")]
     args.inversion = [o.removeprefix("inversion.") for o in overrides if o.startswith("inversion.")]
     args.editing = [o for o in overrides if not o.startswith("inversion.")]
     return args
@@ -237,7 +217,11 @@ def main() -> None:
         "prompt": args.prompt, "units": {one.task: one.editor.unit for one in sliders}, "measured": measured,
     }  # fmt: skip
     runfolder.write_text(args.out / args.name / "result.json", json.dumps(result, indent=1) + "\n")
-    show(result)
+    show(table(measured))
+    if args.photographs:
+        found = measured["photographs"]
+        for name, value in zip(found["names"], found["psnr"]["drawn again"], strict=True):
+            print(f"{name}: drawn again with {value:.1f} dB")
 
 
 if __name__ == "__main__":

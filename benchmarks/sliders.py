@@ -32,6 +32,7 @@ from pentimento.pocket import scene as world
 from pentimento.pocket.faces import Change, Face
 from pentimento.pocket.tasks import SLIDERS, Case, cases
 from pentimento.recipe import Recipe
+from pentimento.run import Editor
 
 from .cells import Gathered, intervals, pool, show, trained, words
 
@@ -42,6 +43,8 @@ METHODS = (
 TASKS = (*SLIDERS, "add-glasses", "add-hat", "recolour-hair")
 SCALES = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 """Calibrated ones."""
+MOST = 30
+"""Pictures that are drawn for each face that is needed, before it is given up."""
 RAW = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """What calibration measures."""
 SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"lora"}
@@ -122,13 +125,7 @@ def test_faces(task: str, args: argparse.Namespace) -> list[Face]:
     changes = [change_of(cell.exemplars()) for cell in cells(args) if cell.task == task]
     base = recipe.load("pairedit", [text for text in args.overrides if of_sampling(text)])
     probe = recipe.method_class(base.method).load(base.backbone, base.config).probe()
-    found = faces.find(
-        faces.prompts(task, "test"),
-        lambda asked: probe.pictures(probe.draw(asked, [0.0])[0.0]),
-        changes,
-        args.faces,
-        30 * args.faces,
-    )
+    found = faces.find(probe, faces.prompts(task, "test"), changes, args.faces, MOST * args.faces)
     runfolder.write_text(file, json.dumps([dataclasses.asdict(face) for face in found], indent=1))
     return found
 
@@ -147,30 +144,39 @@ def change_of(exemplars: Sequence[Case]) -> Change:
     return change
 
 
+def learn(cell: Cell, place: Path, args: argparse.Namespace) -> None:
+    """Train a slider in a folder, unless that was done."""
+    if (place / "run" / runfolder.RECIPE).is_file():
+        return
+    dataset.save(cell.exemplars(), out=place / "pairs")
+    plan = settings(cell, args, place / "pairs")
+    trained(plan, recipe.method_class(plan.method).load(plan.backbone, plan.config), place / "run")
+
+
+def calibrated(place: Path, args: argparse.Namespace, overrides: Sequence[str] = ()) -> Editor:
+    """The slider of a folder, calibrated unless it was; ``overrides`` are of the edits alone."""
+    what, shown = str(place / "run"), (f"data.root={place / 'pairs'}",)
+    editor = pentimento.load(what, overrides=overrides)
+    if editor.calibration is not None:
+        return editor
+    request = calibrate.Request(what=what, scales=RAW, count=args.calibration_faces, settings=shown)
+    calibrate.calibrate(request)
+    return pentimento.load(what, overrides=overrides)
+
+
 def one_cell(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     """Train, calibrate, measure; writes result.json and sheet.png."""
     out: Path = args.out / "cells" / cell.name
     began = time.perf_counter()
-    exemplars = cell.exemplars()
-    dataset.save(exemplars, out=out / "pairs")
-    if not (out / "run" / runfolder.RECIPE).is_file():
-        plan = settings(cell, args, out / "pairs")
-        trained(plan, recipe.method_class(plan.method).load(plan.backbone, plan.config), out / "run")
+    learn(cell, out, args)
     seconds = time.perf_counter() - began
-    request = calibrate.Request(
-        what=str(out / "run"),
-        scales=RAW,
-        count=args.calibration_faces,
-        settings=(f"data.root={out / 'pairs'}",),
-    )
-    calibrated = calibrate.calibrate(request).calibration
-    editor = pentimento.load(out / "run")
-    chosen, change = test_faces(cell.task, args), change_of(exemplars)
+    editor = calibrated(out, args)
+    chosen, change = test_faces(cell.task, args), change_of(cell.exemplars())
     looks, sheet = measured(editor.method.probe(), chosen, change, editor.unit)
     images.save_image(sheet, out / "sheet.png")
     result = {
         **dataclasses.asdict(cell), "steps": args.steps, "seconds of training": round(seconds, 1), "unit": editor.unit,
-        "calibrated": calibrated is not None, "continuous": change.continuous, "looks": looks,
+        "calibrated": editor.calibration is not None, "continuous": change.continuous, "looks": looks,
     }  # fmt: skip
     runfolder.write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -183,7 +189,8 @@ def measured(
     latents = probe.draw([(face.prompt, face.seed) for face in chosen], [scale * unit for scale in SCALES])
     pictures = [probe.pictures(latents[scale * unit]) for scale in SCALES]
     rows = list(zip(*pictures, strict=True))
-    every = faces.looks([p for row in rows for p in row], [face for face in chosen for _ in SCALES], change)
+    flat, whose = [picture for row in rows for picture in row], [face for face in chosen for _ in SCALES]
+    every = faces.looks(flat, whose, change, probe.device)
     looks = [
         [dataclasses.asdict(look) for look in every[i : i + len(SCALES)]]
         for i in range(0, len(every), len(SCALES))
@@ -244,7 +251,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def numbers(text: str) -> list[int]:
-    """The same as whole numbers."""
+    """What commas part, as whole numbers."""
     return [int(part) for part in words(text)]
 
 

@@ -5,7 +5,6 @@ python -m benchmarks.speed [--weights pocket] [--size 128] [--batch 4] [--steps 
 
 import argparse
 import itertools
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,8 @@ from pentimento.method import EditSettings, Method
 from pentimento.optimizers import make_optimizer
 from pentimento.pocket import dataset
 from pentimento.train import Draws, Stage
+
+from .cells import machine
 
 
 def median(work: Callable[[], object], repeats: int, warm: int = 3) -> tuple[float, float, float]:
@@ -67,15 +68,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     args, overrides = parser.parse_known_args()
-    cuda = torch.cuda.is_available()
-    name = (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{name}; torch {torch.__version__}, diffusers {diffusers.__version__}; {args.recipe}, weights {args.weights}"
-    )
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    print(f"{machine()}; {versions}; {args.recipe}, weights {args.weights}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "pairs"
         dataset.write("recolour-hair", 16, size=args.size, out=root)
@@ -107,7 +101,7 @@ def main() -> None:
             + " | ".join(f"{t:.2f} s" for t in times)
             + " |"
         )
-    if cuda:
+    if torch.cuda.is_available():
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 

@@ -10,7 +10,6 @@ downloaded: the text encoder is one layer of flan-t5-xl's width, so that where t
 
 import argparse
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -38,6 +37,7 @@ from pentimento.methods.editinfinity import EditInfinity, blending
 from pentimento.pocket.weights import folder as shipped
 from pentimento.recipe import Recipe
 
+from .cells import machine
 from .speed import median
 
 SOURCE, TARGET = "a basket of books and a cup", "a basket of books and a candle"
@@ -252,10 +252,6 @@ def main() -> None:
     parser.add_argument("--recipe", default="editinfinity-mask")
     args, overrides = parser.parse_known_args()
     size = TINY if args.tiny else Size()
-    cuda = torch.cuda.is_available()
-    device = (
-        torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         weights = args.folder or out / "weights"
@@ -266,7 +262,7 @@ def main() -> None:
         settings = [f"backbone.weights={weights}", f"data.root={file}", f"config.source_prompt={SOURCE}"]
         plan = recipe.load(args.recipe, [*settings, *overrides])
         report = measure(plan, photo, out, args.repeats)
-    about = {"pentimento": pentimento.__version__, "torch": torch.__version__, "device": device}
+    about = {"pentimento": pentimento.__version__, "torch": torch.__version__, "device": machine()}
     show({**about, "recipe": args.recipe, "overrides": overrides, "tiny": args.tiny, **report})
 
 

@@ -225,9 +225,7 @@ def read_out(
     Raises:
         UserError: no face that could be read and could show the change.
     """
-    chosen = faces.find(
-        asked, lambda some: probe.pictures(probe.draw(some, [0.0])[0.0]), [change], count, MOST * count
-    )
+    chosen = faces.find(probe, asked, [change], count, MOST * count)
     if not chosen:
         raise UserError(
             f"of {counted(MOST * count, 'picture')} none is a drawn face that could show the change; measure=latents needs none,"
@@ -235,7 +233,8 @@ def read_out(
         )
     latents = probe.draw([(face.prompt, face.seed) for face in chosen], scales)
     pictures = {scale: probe.pictures(latents[scale]) for scale in scales}
-    every = faces.looks([p for scale in scales for p in pictures[scale]], chosen * len(scales), change)
+    flat = [picture for scale in scales for picture in pictures[scale]]
+    every = faces.looks(flat, chosen * len(scales), change, probe.device)
     points, rows = [], []
     for n, scale in enumerate(scales):
         looks = every[n * len(chosen) : (n + 1) * len(chosen)]

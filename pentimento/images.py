@@ -340,6 +340,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return pixels.to(torch.float32).div(255).sub(0.5).div(0.5)
 
 
+def to_unit(images: Sequence[Image.Image]) -> Tensor:
+    """The same in [0, 1], as pictures are drawn, read and measured."""
+    return (to_tensor(images) + 1) / 2
+
+
 def mask_to_tensor(masks: Sequence[Image.Image]) -> Tensor:
     """Masks of one size as ``(B, 1, H, W)`` float32: 1 where white (over half of 255), else 0."""
     pixels = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]))

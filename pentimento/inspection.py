@@ -137,6 +137,7 @@ def inspect_file(what: str | Path) -> Adapter:
     flat = {key: shape for key, shape in shapes.items() if theirs and len(shape) == 1}
     plain = {key: shape for key, shape in shapes.items() if key not in flat and not _of_experts(key)}
     pairs, full = _pairs(plain, problems)
+    problems += _alone(flat)
     if not pairs and not experts and not flat:
         problems.append("it holds no LoRA factors")
     modules = [*pairs, *experts, *(key.partition(".lora_A")[0] for key in flat if ".lora_A" in key)]
@@ -203,6 +204,14 @@ def _pairs(shapes: Mapping[str, list[int]], problems: list[str]) -> tuple[dict[s
         else:
             ranks[module] = found["A"][0]
     return ranks, full
+
+
+def _alone(flat: Mapping[str, list[int]]) -> Iterator[str]:
+    """Flat factors without their other one."""
+    for key in flat:
+        module, _, factor = key.removesuffix(".weight").rpartition(".lora_")
+        if f"{module}.lora_{'B' if factor == 'A' else 'A'}.weight" not in flat:
+            yield f"{module} has only factor {factor}"
 
 
 def _unread(shapes: Mapping[str, list[int]], dialect: str, full: Sequence[str]) -> Iterator[str]:

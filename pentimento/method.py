@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
@@ -83,6 +84,9 @@ class Theirs:
 
 class Probe(Protocol):
     """How a slider is measured; latents are ``(B, ...)`` of any shape."""
+
+    device: torch.device
+    """Where it draws, and where its pictures are read."""
 
     def draw(self, asked: Sequence[tuple[str, int]], scales: Sequence[float]) -> Mapping[float, Tensor]:
         """Latents of pairs of prompt and seed, by raw scale."""

@@ -82,7 +82,7 @@ def _mask(source: Image, result: Image) -> Tensor:
     scale = min(1.0, LONGEST_EDGE / max(source.size))
     size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
     before, after = (
-        _blurred(_tensor(images.resize(p.convert("RGB"), size)), _radius(BLUR, size, 1))
+        _blurred(images.to_unit([images.resize(p.convert("RGB"), size)]), _radius(BLUR, size, 1))
         for p in (source, result)
     )
     difference = metrics.delta_e76(before[0], after[0])
@@ -93,10 +93,6 @@ def _mask(source: Image, result: Image) -> Tensor:
     # Grown by all of the blur's reach, so that the edit itself stays whole.
     grown = F.max_pool2d(changed[None, None].float(), 2 * margin + 1, 1, margin)
     return _blurred(grown, margin / 2)[0, 0].clamp(0, 1)
-
-
-def _tensor(picture: Image) -> Tensor:
-    return (images.to_tensor([picture]) + 1) / 2
 
 
 def _radius(share: float, size: tuple[int, int], least: int) -> int:

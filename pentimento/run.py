@@ -111,7 +111,7 @@ def _calibrated(
 ) -> contextlib.AbstractContextManager[None]:
     """Within, the weights of a run are written: a calibration of them outlives that if they stay what they were."""
     kind, weights = recipe_.method_class(recipe.method), out / runfolder.WEIGHTS
-    if not kind.generates or not weights.is_dir():
+    if not kind.generates or not any(weights.rglob(inspection.WEIGHTS_NAME)):
         return contextlib.nullcontext()
     return calibration.kept(calibration.file_of(weights, kind.main), say)
 

@@ -1,7 +1,7 @@
 """Tiny FLUX and Infinity models with random weights, written as diffusers folders in a second, and the ``--golden`` option."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import tiny_flux
 import tiny_infinity as tiny_infinity_
 import torch
 from diffusers import (
@@ -17,8 +18,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
     FluxPipeline,
-    FluxTransformer2DModel,
 )
+from endpoint import KEY, Endpoint, serving
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -80,28 +81,6 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def tiny_transformer(in_channels: int) -> FluxTransformer2DModel:
-    """2 double and 2 single blocks of width 32."""
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=in_channels,
-        out_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=24,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # The initial output layers are nearly silent; a picture should depend on every input.
-            parameter.normal_(0, 0.3 if name.startswith(("norm_out", "proj_out")) else 0.12)
-    return model
-
-
 def tiny_vae() -> AutoencoderKL:
     """FLUX's autoencoder, 8 channels wide; a sample size of 64 makes that the native resolution."""
     torch.manual_seed(1)
@@ -160,7 +139,7 @@ def write_tiny(folder: Path, in_channels: int) -> Path:
     )
     pipeline = FluxFillPipeline if in_channels == 384 else FluxPipeline
     parts = {
-        "transformer": tiny_transformer(in_channels),
+        "transformer": tiny_flux.transformer(in_channels),
         "vae": tiny_vae(),
         "scheduler": schedule,
         **tiny_text(),
@@ -238,3 +217,14 @@ def half() -> Calibration:
     return Calibration(
         unit=0.5, low=-0.25, high=1, response=1, monotone=1, measure="latents", faces=2, curve=((0, 0, 1), (0.5, 1, 1))
     )  # fmt: skip
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """A server that answers as a vision language model, and is the one that judges ask."""
+    with serving() as running:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield running

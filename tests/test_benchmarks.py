@@ -224,6 +224,16 @@ def test_two_sliders_are_read_together(two_sliders) -> None:
         assert found["others kept"] == 1 and found["interference"] < 0.05
 
 
+def test_given_pictures_are_tabled_with_and_without_truth() -> None:
+    look = {"happened": 1.0, "kept": 0.5}
+    seen = {"psnr": {"drawn again": [20.0, 30.0]}, "looks": {"smile, scale 1": [look, look | {"kept": 1.0}]}}
+    report = slider_photos.table({"faces": seen, "photographs": seen | {"looks": {}}})
+    assert report["faces"] == {"smile, scale 1": {"happened": [1.0] * 3, "kept": [0.75, 0.5, 1.0]}}
+    for kind in ("faces", "photographs"):
+        assert report[f"{kind}, how they are drawn"]["drawn again"]["PSNR in dB"][0] == 25.0
+    assert len(report) == 3
+
+
 def test_photographs_are_taken_as_squares(tmp_path: Path, picture) -> None:
     picture(1, 70, 45).save(tmp_path / "a.png")
     (tmp_path / "b.txt").write_text("credits")

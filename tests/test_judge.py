@@ -4,12 +4,11 @@ import base64
 import io
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from endpoint import KEY, Endpoint, drip, hang, hang_up, refuse, say, send, serving
+from endpoint import KEY, Endpoint, drip, hang, hang_up, refuse, say, send
 from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
@@ -28,16 +27,6 @@ from pentimento.judges.local import Local
 
 SOURCE, FIRST, SECOND = (Image.new("RGB", (12, 8), colour) for colour in ("white", "red", "blue"))
 PNG = b"\x89PNG\r\n\x1a\n and so on"
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    with serving() as running:
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield running
 
 
 def judge(endpoint: Endpoint, **settings: float) -> Http:

@@ -11,7 +11,7 @@ import toy
 from diffusers import FluxFillPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_adapters import awake, tiny_transformer, velocity
+from tiny_flux import awake, transformer, velocity
 from torch import Tensor, nn
 
 from pentimento import inspection
@@ -62,7 +62,7 @@ def one(**spec: object) -> Adapters:
 
 def flux(*names: str, host: nn.Module | None = None, trained: bool = True, **spec: object) -> Adapters:
     """Experts and plain layers on the tiny FLUX."""
-    adapters = Adapters(host or tiny_transformer())
+    adapters = Adapters(host or transformer())
     for name in names or ("edit",):
         adapters.add(name, ExpertLoRA(**{"targets": TARGETS, "rank": 4, "expert_rank": 3, **spec}))
     return awake(adapters, *(names or ("edit",))) if trained else adapters
@@ -95,7 +95,7 @@ def test_experts_at_once_are_one_after_the_other(gate, top_k, shape):
 
 
 def test_off_is_the_base_model_bit_for_bit():
-    host = tiny_transformer()
+    host = transformer()
     base = velocity(host)
     adapters = flux(host=host, trained=False)
     adapters.use(edit=1)
@@ -256,11 +256,11 @@ def test_adapters_beside_each_other(order):
     }
     alone = {}
     for name, spec in specs.items():
-        adapters = Adapters(tiny_transformer())
+        adapters = Adapters(transformer())
         adapters.add(name, spec)
         awake(adapters, name).use(**{name: 0.5})
         alone[name] = adapters
-    together = Adapters(tiny_transformer())
+    together = Adapters(transformer())
     for name in order:
         together.add(name, specs[name])
         together.load_state_dict({**together.state_dict(), name: alone[name].state_dict()[name]})
@@ -279,7 +279,7 @@ def test_adapters_beside_each_other(order):
 
 def test_half_precision_and_autocast():
     """A half-precision host with float32 adapters; the gates are computed in float32, the update lands in the host's dtype."""
-    adapters = flux(host=tiny_transformer().bfloat16(), top_k=2)
+    adapters = flux(host=transformer().bfloat16(), top_k=2)
     adapters.use(edit=1)
     with torch.autocast("cpu", torch.bfloat16):
         loss = velocity(adapters.host).float().square().mean()
@@ -302,7 +302,7 @@ def test_merging_is_refused():
 
 def test_the_start():
     """A is N(0, 1/rank^2) with the experts' own rank, B zero, the router as nn.Linear starts; from seed and name alone."""
-    host = tiny_transformer()
+    host = transformer()
     before = torch.get_rng_state()
     adapters = flux(host=host, rank=4, expert_rank=8, trained=False)
     assert torch.equal(torch.get_rng_state(), before)
@@ -430,7 +430,7 @@ def test_a_published_file_says_what_it_needs(tmp_path: Path):
     assert isinstance(spec, ExpertLoRA)
     assert (spec.experts, spec.expert_rank, spec.expert_scaled, spec.rank, spec.scaled) == (3, 3, 3.0, 4, 4.0)
     assert (spec.top_k, spec.gate, spec.full) == (1, "topk-softmax", ())
-    adapters = Adapters(tiny_transformer())
+    adapters = Adapters(transformer())
     adapters.add("edit", spec)
     assert list(adapters._expert_layers(spec)) == EXPERTS
     adapters.load(tmp_path / NAME)
@@ -478,7 +478,7 @@ def refused(adapters: Adapters, folder: Path) -> str:
 
 
 def plain() -> Adapters:
-    adapters = Adapters(tiny_transformer())
+    adapters = Adapters(transformer())
     adapters.add("edit", LoRA(targets=TARGETS, rank=4))
     return awake(adapters, "edit")
 

@@ -48,10 +48,11 @@ def test_a_wheel_holds_recipes_and_pocket_weights(packed: set[str]) -> None:
     recipes = sorted((ROOT / "pentimento" / "recipes").glob("*.yaml"))
     weights = [
         p
-        for p in (ROOT / "pentimento" / "pocket" / "weights").rglob("*")
+        for p in (ROOT / "pentimento" / "pocket" / "models").rglob("*")
         if p.is_file() and p.suffix != ".pyc"
     ]
     assert sorted(p.stem for p in recipes) == list(shipped())
+    assert {"pocket-fill", "pocket-infinity"} <= {part for p in weights for part in p.parts}
     assert {p.relative_to(ROOT).as_posix() for p in [*recipes, *weights]} <= packed
     assert "pentimento/py.typed" in packed
 

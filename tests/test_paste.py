@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFilter
 
 from pentimento import images
@@ -24,17 +23,13 @@ def pair(case: tasks.Case) -> tuple[Image.Image, Image.Image]:
     return before, after
 
 
-def pixels(picture: Image.Image) -> torch.Tensor:
-    return (images.to_tensor([picture])[0] + 1) / 2
-
-
 @pytest.mark.parametrize("task", ["add-glasses", "recolour-hair", "remove", "add", "replace", "smile"])
 def test_what_the_edit_left_alone_becomes_exact_and_the_edit_stays(task: str) -> None:
     for case in itertools.islice(tasks.cases(task, "test"), 2):
         source, truth = pair(case)
         result = redrawn(truth)
         pasted = paste_back(source, result)
-        edited = readout.edited_region(pixels(source), pixels(truth), dilate=0).numpy()
+        edited = readout.edited_region(*images.to_unit([source, truth]), dilate=0).numpy()
         mask, mixed = np.asarray(pasted.mask), np.asarray(pasted.picture)
         assert (mixed[mask == 0] == np.asarray(source)[mask == 0]).all()
         assert (mixed[mask == 255] == np.asarray(result)[mask == 255]).all()
@@ -43,7 +38,7 @@ def test_what_the_edit_left_alone_becomes_exact_and_the_edit_stays(task: str) ->
         assert (mask[edited] == 0).mean() < 0.02
         assert (mask[edited] == 255).mean() > 0.9
         assert 30 < pasted.before < 45
-        far = ~readout.edited_region(pixels(source), pixels(truth), dilate=12).numpy()
+        far = ~readout.edited_region(*images.to_unit([source, truth]), dilate=12).numpy()
         assert (mixed[far] == np.asarray(source)[far]).all()
 
 
@@ -52,7 +47,7 @@ def test_an_edit_that_succeeded_still_does_with_a_better_background() -> None:
     source, truth = pair(case)
     result = redrawn(truth)
     reading = [
-        readout.judge(pixels(p), case.source, case.target, case.wanted)
+        readout.judge(images.to_unit([p])[0], case.source, case.target, case.wanted)
         for p in (result, paste_back(source, result).picture)
     ]
     assert reading[0].success and reading[1].success

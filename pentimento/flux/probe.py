@@ -23,6 +23,7 @@ class Probe:
 
     def __init__(self, method: DevMethod):
         self.method = method
+        self.device = method.flux.device
 
     @torch.no_grad()
     def draw(self, asked: Sequence[tuple[str, int]], scales: Sequence[float]) -> Mapping[float, Tensor]:

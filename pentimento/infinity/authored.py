@@ -105,7 +105,9 @@ def row_problem(value: Tensor) -> str:
     """What keeps a tensor from being learnt rows; empty if nothing does."""
     if not (value.dim() == 2 or (value.dim() == 3 and len(value) == 1)):
         return f"is a tensor of the shape {tuple(value.shape)}, not (1, rows, width) as EditInfinity saves learnt rows"
-    return "" if value.is_floating_point() and value.isfinite().all() else "holds values that are not finite"
+    if not value.is_floating_point():
+        return f"holds {str(value.dtype).removeprefix('torch.')}, not the decimal numbers of learnt rows"
+    return "" if value.isfinite().all() else "holds values that are not finite"
 
 
 def rows_bytes(rows: Tensor) -> bytes:

@@ -110,7 +110,7 @@ def _pixels(picture: Image, size: tuple[int, int] | None = None) -> Tensor:
     picture = images.resize(
         picture.convert("RGB"), (max(1, round(width * scale)), max(1, round(height * scale)))
     )
-    return (images.to_tensor([picture])[0] + 1) / 2
+    return images.to_unit([picture])[0]
 
 
 def _measure(source: Tensor, candidate: Tensor, scene: Scene, goals: list[Goal]) -> Score:

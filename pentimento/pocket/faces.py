@@ -5,7 +5,7 @@ scales are read as edits of that.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..images import to_tensor
+from ..images import to_unit
+from ..method import Probe
 from . import captions
 from . import scene as world
 from .readout import STEPS, attributes, edited_region, read, read_all, same, visible
@@ -137,45 +138,45 @@ def unsaid(case: Case) -> str:
 
 
 def find(
+    probe: Probe,
     asked: Iterator[tuple[str, int]],
-    draw: Callable[[Sequence[tuple[str, int]]], Sequence[Image]],
     changes: Sequence[Change],
     count: int,
     most: int,
 ) -> list[Face]:
-    """The first ``count`` faces that are recognised and have room for each change; of ``most`` pictures at most."""
+    """The first ``count`` faces that the probe draws without the edit, that are recognised and have room for each change.
+
+    Of ``most`` pictures at most.
+    """
     found: list[Face] = []
     for _ in range(0, most, count):
         tried = [next(asked) for _ in range(count)]
-        for (prompt, seed), picture in zip(tried, draw(tried), strict=True):
-            sight = recognise(pixels(picture))
+        drawn = probe.pictures(probe.draw(tried, [0.0])[0.0])
+        for (prompt, seed), picture in zip(tried, to_unit(drawn), strict=True):
+            sight = recognise(picture)
             if sight is None or sight.scene["kind"] != "portrait" or len(found) == count:
                 continue
             # Read as the others will be, so that nothing seems to have moved at scale 0.
             target = sight.scene | changes[0].wanted
-            scene, explained = read(pixels(picture), sight.scene, target)
+            scene, explained = read(picture.to(probe.device), sight.scene, target)
             if explained >= CLEAR and all(change.fits(scene) for change in changes):
-                outside = elsewhere(pixels(picture), scene, scene, scene | changes[0].wanted)
+                outside = elsewhere(picture, scene, scene, scene | changes[0].wanted)
                 found.append(Face(prompt=prompt, seed=seed, scene=scene, explained=outside))
         if len(found) == count:
             break
     return found
 
 
-def pixels(picture: Image) -> Tensor:
-    """``(3, H, W)`` in [0, 1]."""
-    return (to_tensor([picture])[0] + 1) / 2
-
-
 def look(picture: Image, face: Face, change: Change) -> Look:
     """Read one picture."""
-    return looks([picture], [face], change)[0]
+    return looks([picture], [face], change, torch.device("cpu"))[0]
 
 
-def looks(pictures: Sequence[Image], faces: Sequence[Face], change: Change) -> list[Look]:
-    """Read pictures of one size, each of a face; on a GPU where there is one."""
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    every = torch.stack([pixels(picture) for picture in pictures])
+def looks(
+    pictures: Sequence[Image], faces: Sequence[Face], change: Change, device: torch.device
+) -> list[Look]:
+    """Read pictures of one size, each of a face, on a device: a GPU compares all of them at once."""
+    every = to_unit(pictures)
     sources, targets = [face.scene for face in faces], [face.scene | change.wanted for face in faces]
     read = read_all(every.to(device), sources, targets)
     return [

@@ -7,7 +7,7 @@ import torch
 from PIL.Image import Image
 
 from ..flux.backbone import Flux
-from ..images import from_tensor, sheet, stack, to_tensor
+from ..images import from_tensor, sheet, stack, to_unit
 from ..metrics import interval
 from .readout import DiscReading, Reading, judge, judge_disc
 from .render import render
@@ -45,7 +45,7 @@ def score(results: Sequence[Image], cases: Sequence[Case]) -> Score:
     readings: list[Reading] = []
     discs: list[DiscReading] = []
     for picture, case in zip(results, cases, strict=True):
-        x = (to_tensor([picture])[0] + 1) / 2
+        (x,) = to_unit([picture])
         if case.source["kind"] == "disc":
             discs.append(judge_disc(x, case.target))
         else:

@@ -174,6 +174,13 @@ def _base(run: Path) -> list[str]:
     return [f"backbone.weights={lookup.find(run).setup.backbone.weights}", "backbone.device=cpu"]
 
 
+def test_a_run_that_was_stopped_before_its_weights_were_written_goes_on(call, own: Path) -> None:
+    shutil.rmtree(own / "weights" / "semantic")
+    shutil.rmtree(own / "weights" / "content")
+    call("train", own, "--resume")
+    assert (own / "weights" / "semantic" / NAME).is_file()
+
+
 def test_a_calibrated_run_still_trains_on(call, calibrated: Path, half: Calibration) -> None:
     """More steps are other weights: the calibration does not outlive them."""
     file = calibrated / "weights" / "semantic" / NAME

@@ -335,6 +335,11 @@ def test_inspect_says_that_a_file_loads_only_where_loading_takes_it(
             "not finite",
         ),
         ({"conv.weight": torch.ones(3)}, "no LoRA factors"),
+        (
+            {"block_chunks.0.module.0.ffn.fc1.lora_A": torch.ones(8)},
+            "block_chunks.0.module.0.ffn.fc1 has only factor A",
+        ),
+        ({"rows": torch.ones(2, 8, dtype=torch.int64)}, "holds int64"),
     ],
 )
 def test_inspect_of_what_cannot_be_used_is_a_negative_result(

@@ -1,26 +1,16 @@
 """``edit`` with candidates and a judge, and with pasting back: what it writes, prints and survives."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from endpoint import KEY, Endpoint, hang_up, refuse, say, send, serving
+from endpoint import KEY, Endpoint, hang_up, refuse, say, send
 from PIL import Image
 from typer.testing import Result
 
 SEARCH = ("judge=http", "early_steps=1", "judge_timeout=5", "--instruction", "make it negative")
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    with serving() as running:
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("OPENAI_BASE_URL", running.url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield running
 
 
 def read(path: str) -> dict:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from steps import Noise, awaken, encoded, flow
 
 from pentimento import images, recipe
 from pentimento.errors import UserError
@@ -19,18 +20,6 @@ SMALL = DiptychLoRA(rank=2)
 FEW = EditSettings(seed=3, steps=3)
 
 
-class Noise:
-    """Draws of one generator per row, which also notes what it was asked for."""
-
-    def __init__(self, *seeds: int):
-        self.rows = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.asked = []
-
-    def normal_like(self, x):
-        self.asked.append(tuple(x.shape))
-        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.rows])
-
-
 @pytest.fixture
 def method(fill_config):
     def build(**config) -> ICEdit:
@@ -39,28 +28,6 @@ def method(fill_config):
         )
 
     return build
-
-
-@pytest.fixture
-def pairs(picture):
-    return [
-        Example(source=picture(i), target=picture(i + 10), prompt=f"edit {i}", key=f"p{i}") for i in range(3)
-    ]
-
-
-def awaken(made: ICEdit) -> ICEdit:
-    torch.manual_seed(0)
-    for parameter in made.adapters.train("edit"):
-        torch.nn.init.normal_(parameter, std=0.2)
-    return made
-
-
-def encoded(made, examples):
-    return made.encode(examples) | made.encode_text([e.prompt for e in examples])
-
-
-def flow(made, batch, noise):
-    return dict(made.losses(batch, noise))["flow"]
 
 
 def test_the_diptych_is_source_and_target_with_the_right_hidden(method, pairs):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from steps import Noise, awaken, encoded, flow
 
 from pentimento import images
 from pentimento.errors import UserError
@@ -20,22 +21,6 @@ SMALL = EditLoRA(rank=2)
 FEW = EditSettings(seed=3, steps=3)
 
 
-class Noise:
-    """Draws of one generator per row, as those of training: row i does not depend on the other rows."""
-
-    def __init__(self, *seeds: int):
-        self.rows = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.asked = []
-
-    def normal_like(self, x):
-        self.asked.append(tuple(x.shape))
-        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.rows])
-
-    def uniform(self):
-        self.asked.append("uniform")
-        return torch.cat([torch.rand(1, generator=g) for g in self.rows])
-
-
 @pytest.fixture
 def method(fill_config):
     def build(**config) -> InFluxEdit:
@@ -43,29 +28,6 @@ def method(fill_config):
         return InFluxEdit.load(fill_config, Config(**config))
 
     return build
-
-
-@pytest.fixture
-def pairs(picture):
-    return [
-        Example(source=picture(i), target=picture(i + 10), prompt=f"edit {i}", key=f"p{i}") for i in range(3)
-    ]
-
-
-def awaken(method: InFluxEdit) -> InFluxEdit:
-    """Give the adapter an effect: its B matrices start at zero."""
-    torch.manual_seed(0)
-    for parameter in method.adapters.train("edit"):
-        torch.nn.init.normal_(parameter, std=0.2)
-    return method
-
-
-def encoded(method, examples):
-    return method.encode(examples) | method.encode_text([e.prompt for e in examples])
-
-
-def flow(method, batch, noise):
-    return dict(method.losses(batch, noise))["flow"]
 
 
 @pytest.mark.parametrize(("mode", "columns"), [("edit", 4), ("split", 8)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image, ImageChops
+from steps import encoded
 
 from pentimento import stored
 from pentimento.adapters import Adapters, LoRA
@@ -35,13 +36,6 @@ def build(dev_config):
     return make
 
 
-@pytest.fixture
-def pairs(picture):
-    return [
-        Example(source=picture(i), target=picture(i + 10), prompt=f"edit {i}", key=f"p{i}") for i in range(3)
-    ]
-
-
 def awaken(method, *names):
     """Give adapters an effect: their B start at zero."""
     generator = torch.Generator().manual_seed(0)
@@ -49,10 +43,6 @@ def awaken(method, *names):
         for parameter in method.adapters.parameters(name):
             parameter.data.normal_(0, 0.3, generator=generator)
     return method
-
-
-def encoded(method, examples):
-    return method.encode(examples) | method.encode_text([e.prompt for e in examples])
 
 
 def draws(*rows):

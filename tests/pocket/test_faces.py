@@ -91,6 +91,18 @@ def test_another_face_is_not_the_same_one() -> None:
     assert not moved.intact
 
 
+def test_faces_that_are_read_together_are_read_as_alone() -> None:
+    change = faces.change_of(exemplars("smile"))
+    assert change is not None
+    some = [a_face(smile=-0.6), a_face(smile=-0.5, glasses=1), a_face(smile=-0.4, hat=1)]
+    pictures = [
+        drawn(face.scene | {"smile": smile}) for face, smile in zip(some, (0.9, 0.15, -0.4), strict=True)
+    ]
+    alone = [faces.look(picture, face, change) for picture, face in zip(pictures, some, strict=True)]
+    assert len({look.response for look in alone}) == 3
+    assert faces.looks(pictures, some, change, torch.device("cpu")) == alone
+
+
 def test_how_an_edit_is_drawn_does_not_make_it_another_face() -> None:
     change = faces.change_of(exemplars("add-hat"))
     assert change is not None

@@ -58,7 +58,7 @@ def test_a_blurred_picture_is_read_too() -> None:
     blurred = (
         picture(drawn).resize((48, 48), Image.Resampling.BILINEAR).resize((64, 64), Image.Resampling.BICUBIC)
     )
-    sight = recognise((images.to_tensor([blurred])[0] + 1) / 2)
+    sight = recognise(images.to_unit([blurred])[0])
     assert sight is not None
     assert all(
         sight.scene[name] == drawn[name] for name in ("hair_style", "glasses", "hat", "beard", "shirt", "bg")
