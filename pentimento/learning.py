@@ -336,7 +336,7 @@ def _checked(what: What, case: Case, request: "Request", outline: Method | None)
         _check_source(config, f'{source} "..."')
     prompts = case.prompts or ((config.target_prompt,) if config.target_prompt else ())
     if drawn and not (prompts and all(text.strip() for text in prompts)):
-        raise UserError(f'{case.name}: say what the edited picture shows: {wanted} "..."')
+        raise UserError(f'say what the edited picture shows: {wanted} "..."')
     case = replace(case, prompts=prompts, source=config.source_prompt)
     (job,) = editing.jobs_of([case.asked()], variants=request.variants, out=request.out)
     example = Example(source=images.open_image(case.picture), mask=_mask(case), key=str(case.picture))
