@@ -56,6 +56,7 @@ class Case:
         how: dict[str, Any] = {
             key: getattr(self, key) for key in ("name", "mask", "mask_white", "mask_scales")
         }
+        how["caption"] = self.source
         return Asked(source=self.picture, instructions=self.prompts, each=True, **how)
 
     def only(self, region: str) -> "Case":

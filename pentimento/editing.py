@@ -4,6 +4,7 @@ Everything that can be wrong with the files is found before any weights are load
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ White = Literal["change", "keep"]
 """What white means in a mask."""
 SAME_ASPECT = 0.02
 """Relative difference of aspects that are taken for equal."""
+SAME_WORDS = 3
+"""So many words at the beginning of a title stay, though they are the caption's."""
 RANDOM_SEEDS = 2**15 + 1
 """Seeds that ``random_seeds`` draws from, as published: 0 to 32768."""
 
@@ -102,6 +105,8 @@ class Asked:
     mask_white: White = "change"
     mask_scales: bool = False
     """The mask may be of another size than the picture, as long as it has its aspect."""
+    caption: str = ""
+    """What the picture shows; sheets leave out what an instruction says just like it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +325,7 @@ def _write_json(content: Any, path: Path) -> Path:
 
 def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
     """Variants of one instruction side by side; of a sequence below each other, its steps side by side."""
+    texts = told_apart(texts, job.caption)
     tags = [variant.tag.replace("-", " ") for variant in job.variants]
     cell = min(512, max(128, *source.size))
     if len(texts) > 1:
@@ -330,6 +336,16 @@ def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequenc
         )
     titles = [" ".join(part for part in (texts[0], tag) if part) or "result" for tag in tags]
     return images.sheet([[source, *(row[0] for row in rows)]], titles=["source", *titles], cell=cell)
+
+
+def told_apart(texts: Sequence[str], caption: str) -> list[str]:
+    """Texts without the words with which all of them and the caption begin; a title has room for few."""
+    words = [text.split() for text in (*texts, caption)]
+    same = len(os.path.commonprefix(words)) if caption else 0
+    return [
+        f"... {' '.join(each[same:])}" if same > SAME_WORDS and each[same:] else text
+        for each, text in zip(words, texts, strict=False)
+    ]
 
 
 def per_picture(given: Sequence[str], count: int, what: str) -> list[tuple[str, ...]]:

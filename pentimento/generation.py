@@ -64,6 +64,12 @@ class Request:
     cases: Path | None = None
     """File of cases."""
 
+    def __post_init__(self) -> None:
+        if self.mask_keeps and self.mask is None and self.case is None:
+            raise UserError(
+                "--mask-keeps says how a mask is read; give it with --mask (in a file of cases: mask_white)"
+            )
+
 
 def carry_out(request: Request, say: Callable[[str], None]) -> Iterator[Path]:
     """Edit the pictures, or draw the prompts where there are none; yields each path when it is written.

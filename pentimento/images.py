@@ -6,6 +6,7 @@ until a method takes them, because it matters in which order they are scaled and
 are ignored, as diffusers and the reference implementations ignore them.
 """
 
+import hashlib
 import math
 import os
 import stat
@@ -259,6 +260,11 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be written ({error.strerror or error})") from error
     return path
+
+
+def digest(image: Image.Image) -> str:
+    """Changes with a picture's pixels, size and mode."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:24]
 
 
 def join(left: Image.Image, right: Image.Image) -> Image.Image:

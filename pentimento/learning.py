@@ -1,6 +1,5 @@
 """The ``edit`` and ``mask`` commands for methods that learn the picture itself: learn it once, then edit it (``cases``)."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 from PIL.Image import Image
 
-from . import cases, editing, heatmaps, images, lookup, photos, recipes, run, runfolder, schema
+from . import cases, editing, heatmaps, images, lookup, photos, recipes, run, runfolder, schema, train
 from . import recipe as recipe_
 from .cases import Case
 from .editing import Job
@@ -106,6 +105,8 @@ def carry_out(what: What, request: "Request", say: Say) -> Generator[Path, None,
     again; failures are raised together at the end.
     """
     _check_options(request)
+    if what.recipe is not None:
+        train.check(what.recipe.stages, what.setup.backbone.precision, what.setup.backbone.device)
     batch = request.cases is not None
     ready, failed = _prepared(what, request, say)
     there, begun = 0, time.monotonic()
@@ -221,7 +222,7 @@ def learn(
     # A mask is given only to its edits.
     region = "word" if config.region == "word" else "whole"
     what.method.check_edit(replace(config, region=region), Example(source=photo), EditSettings())
-    _check_texts(what.method.outline(what.setup.backbone, config), config.source_prompt)
+    _check_texts(what.method.outline(what.setup.backbone, config), ("source", config.source_prompt))
     return run.opened(what.learnt(photo, config))
 
 
@@ -249,6 +250,7 @@ def _prepared(what: What, request: "Request", say: Say) -> tuple[list[Ready], di
                 case = replace(case, source=captioner.caption(images.open_image(case.picture)))
                 say(f"{case.name}: captioned as {case.source!r}")
             ready.append(_checked(what, case, request, outline))
+            _say_other(what, case, say)
         except UserError as error:
             if request.cases is None:
                 raise
@@ -256,6 +258,16 @@ def _prepared(what: What, request: "Request", say: Say) -> tuple[list[Ready], di
             say(f"{case.name}: left out: {error}")
     editing.check_outputs([one.job for one in ready], 1)
     return ready, failed
+
+
+def _say_other(what: What, case: Case, say: Say) -> None:
+    """A note where a run has learnt another picture; no error, for the same one may have been scaled or compressed anew."""
+    learnt = what.found.record.get("picture") if what.found else None
+    if learnt is not None and learnt != images.digest(images.open_image(case.picture)):
+        say(
+            f"{case.picture}: differs from the picture that was learnt; if it is not the same one in another size or file format, learn"
+            " it too: name the recipe instead of the run"
+        )
 
 
 def _captioner(name: str) -> "Captioner":
@@ -328,25 +340,37 @@ def _checked(what: What, case: Case, request: "Request", outline: Method | None)
     """Everything about a case that can be known before weights are read."""
     config = what.told(case)
     drawn = bool(request.variants)
-    if drawn or config.region == "word":
-        _check_source(config, '--source "..."')
+    source, wanted = _fields(request)
+    if (drawn and what.found is None) or config.region == "word":
+        _check_source(config, f'{source} "..."')
     prompts = case.prompts or ((config.target_prompt,) if config.target_prompt else ())
     if drawn and not (prompts and all(text.strip() for text in prompts)):
-        raise UserError(f'{case.name}: say what the edited picture shows: --prompt "..."')
-    case = replace(case, prompts=prompts)
+        raise UserError(f'say what the edited picture shows: {wanted} "..."')
+    case = replace(case, prompts=prompts, source=config.source_prompt)
     (job,) = editing.jobs_of([case.asked()], variants=request.variants, out=request.out)
     example = Example(source=images.open_image(case.picture), mask=_mask(case), key=str(case.picture))
     for steps, skip in {(v.steps, v.skip) for v in request.variants} or {(None, None)}:
         what.method.check_edit(config, example, EditSettings(steps=steps, skip=skip))
-    _check_texts(outline, config.source_prompt, *prompts)
+    _check_texts(outline, (source, config.source_prompt), *((wanted, text) for text in prompts))
     return Ready(case=case, config=config, job=job)
 
 
-def _check_texts(outline: Method | None, *texts: str) -> None:
-    """As far as the model's tokenizer is on this machine; else it is checked when the model is there."""
-    if outline is not None:
-        for text in filter(None, texts):
+def _fields(request: "Request") -> tuple[str, str]:
+    """Where the captions of the picture and of its edits can be said."""
+    if request.cases is not None:
+        return "the field source_prompt", "the field target_prompt"
+    if request.case is not None:
+        return f"prompt/{cases.CAPTION} or --source", f"prompt/{cases.TARGET} or --prompt"
+    return "--source", "--prompt"
+
+
+def _check_texts(outline: Method | None, *texts: tuple[str, str]) -> None:
+    """What says each and the text, as far as the model's tokenizer is on this machine; else they are checked when it is there."""
+    for where, text in texts if outline is not None else ():
+        try:
             outline.check_text(text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
 def _check_source(config: Any, how: str) -> None:
@@ -374,8 +398,8 @@ def _record(what: What, one: Ready, request: "Request") -> dict[str, Any]:
     mask = one.case.mask
     base = what.method.base_digest(what.setup.backbone)
     return {
-        "picture": _digest(images.open_image(one.case.picture)),
-        "mask": None if mask is None else [_digest(images.open_mask(mask)), one.case.mask_white],
+        "picture": images.digest(images.open_image(one.case.picture)),
+        "mask": None if mask is None else [images.digest(images.open_mask(mask)), one.case.mask_white],
         "prompts": list(one.case.prompts),
         "base": base,
         "config": schema.plain(one.config),
@@ -391,10 +415,6 @@ def _training(what: What) -> Any:
     if what.found is not None:
         return {key: what.found.record[key] for key in ("stage", "step") if key in what.found.record}
     return {"stages": schema.plain(_recipe(what).stages), "seed": _recipe(what).seed}
-
-
-def _digest(picture: Image) -> str:
-    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:24]
 
 
 def _is_there(record: Mapping[str, Any], file: Path, job: Job) -> bool:

@@ -15,6 +15,7 @@ from .images import resize, to_rgb
 
 if TYPE_CHECKING:
     from .adapters import Adapters
+    from .data import Pair
     from .train import Draws
 
 
@@ -151,6 +152,10 @@ class Method(ABC):
     def base_digest(cls, backbone: Any) -> str:
         """Changes with the weights of the base model that training reads; for methods that learn single pictures."""
         raise NotImplementedError(f"{cls.__name__} learns no single pictures")
+
+    @classmethod  # noqa: B027 (most take whatever the data section does)
+    def check_data(cls, backbone: Any, config: Any, rows: Sequence["Pair"]) -> None:
+        """Raise ``UserError`` for samples that cannot be trained on, as far as that is known without the base model."""
 
     @classmethod  # noqa: B027 (for most, everything can)
     def check_edit(cls, config: Any, example: Example, settings: EditSettings) -> None:

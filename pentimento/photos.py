@@ -96,9 +96,8 @@ def key(photo: Image, recipe: Recipe) -> str:
     plain = {k: v for k, v in _trained(recipe).items() if k not in ("about", "data", "watch")}
     plain["backbone"] = {k: v for k, v in plain["backbone"].items() if k not in NOT_IN_THE_KEY}
     base = recipe_.method_class(recipe.method).base_digest(recipe.backbone)
-    digest = hashlib.sha256(f"{photo.mode} {photo.size}".encode() + photo.tobytes())
-    digest.update(json.dumps([plain, base], sort_keys=True).encode())
-    return digest.hexdigest()[:24]
+    parts = json.dumps([images.digest(photo), plain, base], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
 
 def _trained(recipe: Recipe) -> dict[str, Any]:

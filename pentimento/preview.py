@@ -62,6 +62,7 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.watch.wandb is not None:
         tracking.check()
     rows = data.open_data(recipe.data)
+    method_class(recipe.method).check_data(recipe.backbone, recipe.config, rows)
     training, held = data.held_out(rows, recipe.data)
     with progress.bar("decoding pictures") as advance:
         data.verify([*training, *held], advance)
@@ -118,6 +119,7 @@ def show(recipe: Recipe, index: int, out: Path) -> list[Path]:
         raise UserError(
             f"--index {index}: the data set has {counted(len(rows), 'sample')}, counted from 0 to {len(rows) - 1}"
         )
+    method_class(recipe.method).check_data(recipe.backbone, recipe.config, rows)
     method = outline(recipe)
     if method is None:
         raise UserError(

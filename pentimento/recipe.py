@@ -281,6 +281,10 @@ def _known_stage(stages: Mapping[str, Any], name: str, text: str) -> None:
     if stages.get(name) is None:
         near = schema.nearest(name, list(stages))
         meant = f" Did you mean {near}?" if near else ""
+        if not stages:
+            raise UserError(
+                f"override {text}: stages are of recipes; what was trained already is edited with as it is"
+            )
         raise UserError(f"override {text}: there is no stage {name!r}.{meant} Stages: {', '.join(stages)}")
 
 

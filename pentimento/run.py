@@ -77,7 +77,9 @@ def train_run(
         raise UserError("sweep: this recipe is of several runs; pentimento.sweep.train_all trains them")
     train.check(recipe.stages, recipe.backbone.precision, recipe.backbone.device)
     state = train.processes(cpu=recipe.backbone.device == "cpu")
-    rows, held_out = data.held_out(data.open_data(recipe.data), recipe.data)
+    opened_rows = data.open_data(recipe.data)
+    recipe_.method_class(recipe.method).check_data(recipe.backbone, recipe.config, opened_rows)
+    rows, held_out = data.held_out(opened_rows, recipe.data)
     with contextlib.ExitStack() as held:
         if state.is_main_process:
             held.enter_context(runfolder.locked(out))
@@ -135,6 +137,8 @@ def _train(
     samples = Samples(rows, method, caption_dropout=dropout, workers=workers, **cache)
     watched = Samples(held_out, method, **cache) if held_out and _watches(recipe) else None
     record = record_of(recipe, method, shared_prompt(rows))
+    if method.learns_picture:
+        record |= learnt_picture(rows)
     main = train.processes().is_main_process
     if main:
         inputs = {"data": data.inventory(rows), "base": method.base()}
@@ -213,6 +217,12 @@ def shared_prompt(rows: Sequence[data.Pair]) -> str | None:
     """The one prompt that all pairs have; ``None`` where they have several."""
     prompts = {prompt for row in rows for prompt in row.prompts}
     return prompts.pop() if len(prompts) == 1 else None
+
+
+def learnt_picture(rows: Sequence[data.Pair]) -> dict[str, str]:
+    """A digest of the one picture of all rows, by which edits of others are noticed; nothing where there are several."""
+    source = rows[0].load().source if len({row.stamp() for row in rows}) == 1 else None
+    return {} if source is None else {"picture": images.digest(source)}
 
 
 def record_of(recipe: Recipe, method: Method, prompt: str | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from ..infinity.transformer import Text, bit_cross_entropy, drop_path
 from ..method import EditSettings, Example, Method, Region, Theirs
 
 if TYPE_CHECKING:
+    from ..data import Pair
     from ..train import Draws
 
 PROMPT, LORA = "prompt", "lora"
@@ -43,6 +44,7 @@ SMALLEST = 24
 """Pixels of a side of the smallest picture that is taken."""
 LONGEST = 4
 """Longest aspect that is squeezed into the tabled ones, which end at 3."""
+NO_CAPTION = 'say what the picture shows: config.source_prompt="..."'
 SHOWN = 60
 """Characters of a text in messages."""
 
@@ -261,7 +263,7 @@ class EditInfinity(Method):
             UserError: a picture of which nothing says what it shows.
         """
         if not (self.config.source_prompt or all(prompts)):
-            raise UserError('say what the picture shows: config.source_prompt="..."')
+            raise UserError(NO_CAPTION)
         for prompt in prompts:
             self.check_text(self.config.source_prompt or prompt)
         text = self.infinity.encode_prompts([self.text(prompt) for prompt in prompts])
@@ -358,6 +360,25 @@ class EditInfinity(Method):
         sampling = Sampling(cfg=cfg, tau=self.config.tau, top_p=self.config.top_p)
         drawn = infinity.generate(text, schedule, sampling, seed=settings.seed, interventions=seams)
         return images.resize_result(infinity.decode(drawn.z)[0], source.size)
+
+    @classmethod
+    def check_data(cls, backbone: InfinityConfig, config: Any, rows: Sequence["Pair"]) -> None:
+        """Raise ``UserError`` for a picture that could not be edited, a caption that is missing or too long, or a word that it lacks."""
+        outline = cls.outline(backbone, config)
+        for row in rows:
+            _check_size(row.places().get("source") or row.key, *row.size)
+            captions = (config.source_prompt,) if config.source_prompt else row.prompts
+            if not all(caption.strip() for caption in captions):
+                raise UserError(NO_CAPTION)
+            for caption in captions if outline is not None else ():
+                try:
+                    outline.check_text(caption)
+                except UserError as error:
+                    raise UserError(
+                        f"{'config.source_prompt' if config.source_prompt else row.key}: {error}"
+                    ) from error
+        if config.word and config.source_prompt:
+            regions.find_words(config.source_prompt, config.word)
 
     def _codes(self, example: Example, source: Image, schedule: Schedule) -> Codes:
         """The source's codes: those that are given (``extra["codes"]``, of ``pyramids.read``), else encoded."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 import pentimento
-from pentimento import cases, heatmaps, learning, photos, recipe
+from pentimento import cases, editing, heatmaps, learning, photos, recipe
 from pentimento.errors import UserError
 from pentimento.infinity.backbone import Infinity
 from pentimento.method import Region
@@ -120,6 +120,45 @@ def test_a_recipe_edits_as_its_run_does(call, refuse, cat: Path, short: list[str
         "edit", "editinfinity", cat, *settings, "--prompt", "x", "--at", 1
     )
     assert "'dog' does not occur" in refuse("edit", "run", cat, "--prompt", "x", "--target-word", "dog")
+
+
+def test_an_edit_of_another_picture_is_noticed(call, refuse, cat: Path, picture, short: list[str]) -> None:
+    call(
+        "train", "editinfinity", *short, f"config.source_prompt={CAPTION}", f"data.root={cat}", "--out", "run"
+    )
+    picture(1, *SIZE).save("dog.png")
+    with Image.open(cat) as opened:
+        opened.save("same.bmp")
+    for name, noted in (("dog.png", True), ("same.bmp", False)):
+        said = call("edit", "run", name, "--prompt", "a dog", "--out", "made.png").stderr
+        assert (f"{name}: differs from the picture that was learnt" in said) == noted
+    assert "stages are of recipes" in refuse("edit", "run", cat, "--prompt", "x", "stages.lora.steps=3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], 'say what the picture shows: config.source_prompt="..."'),
+        ([f"config.source_prompt={CAPTION}", "config.word=horse"], "'horse' does not occur"),
+        ([f"config.source_prompt={'a cat and a dog and ' * 5}"], "config.source_prompt: a text, with"),
+        ([f"config.source_prompt={CAPTION}", "data.root=small.png"], "small.png: 16x16 is too small"),
+    ],
+)
+def test_what_cannot_be_trained_on_leaves_no_folder(
+    refuse, no_weights, cat: Path, short: list[str], settings: list[str], words: str
+) -> None:
+    Image.new("RGB", (16, 16)).save(cat.with_name("small.png"))
+    arguments = ["train", "editinfinity", *short, f"data.root={cat}", *settings]
+    assert words in refuse(*arguments, "--out", "run") and not Path("run").exists()
+    assert words in refuse(*arguments, "--dry-run")
+
+
+def test_titles_begin_where_a_prompt_differs_from_the_caption() -> None:
+    caption = "a cat on a red mat"
+    told = editing.told_apart(["a cat on a blue mat", "a cat on a red rug"], caption)
+    assert told == ["... blue mat", "... red rug"]
+    assert editing.told_apart(["a dog on a red mat"], caption) == ["a dog on a red mat"]
+    assert editing.told_apart([caption], caption) == [caption]
 
 
 def test_a_stage_alone(call, cat: Path, short: list[str]) -> None:
@@ -268,8 +307,11 @@ LONG = "a cat and a dog and a hen and a pig and a cow and a bat and a rat"
         (["--source", CAPTION, "--prompt", " "], 'say what the edited picture shows: --prompt "..."'),
         (["--source", CAPTION, "--target-word", "mats", "--prompt", "x"], "did you mean 'mat'?"),
         (["--source", CAPTION, "--prompt", "x", "config.region=word"], "(--target-word)"),
+        (["--source", CAPTION, "--prompt", LONG], "--prompt: a text, with"),
+        (["--source", LONG, "--prompt", "x"], "--source: a text, with"),
         (["--source", CAPTION, "--prompt", LONG], "tokens, but this model reads 64; shorten 'a cat and"),
-        (["--source", LONG, "--prompt", "x"], "tokens, but this model reads 64; shorten 'a cat and"),
+        (["--source", CAPTION, "--prompt", "x", "--mask-keeps"], "give it with --mask"),
+        (["--source", CAPTION, "--prompt", "x", "backbone.precision=fp16"], "fp16 needs a GPU"),
         (["--source", CAPTION, "--prompt", "x", "--mask", "small.png"], "they are 30x45 and 60x90"),
         (["--source", CAPTION, "--prompt", "x", "--mask", "black.png"], "by this mask nothing may change"),
         (["--source", CAPTION, "--prompt", "x", "--mask", "white.png"], "by this mask everything may change"),

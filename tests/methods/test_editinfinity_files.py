@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_infinity import BITS, SIZE
 from typer.testing import CliRunner
 
-from pentimento import cli, data, files, images, lookup, preview, recipe, run, schema
+from pentimento import cli, data, editing, files, generation, images, lookup, preview, recipe, run, schema
 from pentimento.adapters import ExpertLoRA, LoRA
 from pentimento.data import DataConfig
 from pentimento.draws import Draws
@@ -105,6 +105,12 @@ def test_both_files_are_the_same_edit(
     """As they are here, and flat, as several GPUs leave them."""
     wanted = run.load(trained).edit(photo, instruction=WANTED)
     assert theirs(case, on).edit(photo, instruction=WANTED) == wanted
+    request = generation.Request(
+        what=str(case), pictures=(str(photo),), prompts=(WANTED,), options=editing.Options(), out=own / "made.png",
+        variants=editing.variants(seed=0, count=1, scales="1", steps=None), overrides=(METHOD, *on, "config.cfg=1"),
+    )  # fmt: skip
+    made = next(iter(generation.carry_out(request, lambda text: None)))
+    assert images.open_image(made) == wanted  # no --source is needed
     rewritten(own / LORA, flattened)
     editor = theirs(own, on, "config.lora.rank=2")
     assert editor.edit(photo, instruction=WANTED) == wanted
