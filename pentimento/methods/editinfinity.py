@@ -370,7 +370,9 @@ class EditInfinity(Method):
             captions = (config.source_prompt,) if config.source_prompt else row.prompts
             if not all(caption.strip() for caption in captions):
                 raise UserError(NO_CAPTION)
-            for caption in captions if outline is not None else ():
+            if outline is None:
+                continue
+            for caption in captions:
                 try:
                     outline.check_text(caption)
                 except UserError as error:
