@@ -1,6 +1,7 @@
 """The one kind of error that is the user's to mend: a config, a file, a picture, weights, memory; and how it is worded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 SHOWN = 3
 
@@ -10,6 +11,15 @@ class UserError(Exception):
 
     The command line prints it as one message and exits with code 2.
     """
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put the field or file that a mistake is in before its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def counted(number: int, noun: str) -> str:

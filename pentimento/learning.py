@@ -14,7 +14,7 @@ from . import cases, editing, heatmaps, images, lookup, photos, recipes, run, ru
 from . import recipe as recipe_
 from .cases import Case
 from .editing import Job
-from .errors import UserError, counted
+from .errors import UserError, counted, named
 from .layouts import listed
 from .lookup import Found
 from .method import EditSettings, Example, Method
@@ -369,10 +369,8 @@ def _check_texts(outline: Method | None, *texts: tuple[str, str]) -> None:
     if outline is None:
         return
     for where, text in texts:
-        try:
+        with named(where):
             outline.check_text(text)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
 
 
 def _check_source(config: Any, how: str) -> None:

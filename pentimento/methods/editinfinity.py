@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import images
 from ..adapters import Adapters, LoRA
-from ..errors import UserError
+from ..errors import UserError, named
 from ..infinity import authored, loading, regions
 from ..infinity.backbone import Codes, Infinity, extend
 from ..infinity.config import InfinityConfig
@@ -373,12 +373,8 @@ class EditInfinity(Method):
             if outline is None:
                 continue
             for caption in captions:
-                try:
+                with named("config.source_prompt" if config.source_prompt else row.key):
                     outline.check_text(caption)
-                except UserError as error:
-                    raise UserError(
-                        f"{'config.source_prompt' if config.source_prompt else row.key}: {error}"
-                    ) from error
         if config.word and config.source_prompt:
             regions.find_words(config.source_prompt, config.word)
 
