@@ -1,6 +1,7 @@
 """The one kind of error that is the user's to mend: a config, a file, a picture, weights, memory; and how it is worded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 SHOWN = 3
 
@@ -26,3 +27,12 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, without what follows below."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Within, the message of a ``UserError`` is preceded by what it is about, such as an option."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -14,7 +14,7 @@ from . import cases, editing, heatmaps, images, lookup, photos, recipes, run, ru
 from . import recipe as recipe_
 from .cases import Case
 from .editing import Job
-from .errors import UserError, counted
+from .errors import UserError, counted, located
 from .layouts import listed
 from .lookup import Found
 from .method import EditSettings, Example, Method
@@ -358,10 +358,8 @@ def _fields(request: "Request") -> tuple[str, str]:
 def _check_texts(outline: Method | None, *texts: tuple[str, str]) -> None:
     """What says each and the text, as far as the model's tokenizer is on this machine; else they are checked when it is there."""
     for where, text in texts if outline is not None else ():
-        try:
+        with located(where):
             outline.check_text(text)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
 
 
 def _check_source(config: Any, how: str) -> None:
