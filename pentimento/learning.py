@@ -357,7 +357,9 @@ def _fields(request: "Request") -> tuple[str, str]:
 
 def _check_texts(outline: Method | None, *texts: tuple[str, str]) -> None:
     """What says each and the text, as far as the model's tokenizer is on this machine; else they are checked when it is there."""
-    for where, text in texts if outline is not None else ():
+    if outline is None:
+        return
+    for where, text in texts:
         with located(where):
             outline.check_text(text)
 

@@ -370,9 +370,10 @@ class EditInfinity(Method):
             captions = (config.source_prompt,) if config.source_prompt else row.prompts
             if not all(caption.strip() for caption in captions):
                 raise UserError(NO_CAPTION)
-            for caption in captions if outline is not None else ():
+            if outline is not None:
                 with located("config.source_prompt" if config.source_prompt else row.key):
-                    outline.check_text(caption)
+                    for caption in captions:
+                        outline.check_text(caption)
         if config.word and config.source_prompt:
             regions.find_words(config.source_prompt, config.word)
 
