@@ -13,6 +13,15 @@ class UserError(Exception):
     """
 
 
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put the field or file that a mistake is in before its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def counted(number: int, noun: str) -> str:
     """``1 picture`` or ``3 pictures``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -27,12 +36,3 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, without what follows below."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-@contextmanager
-def located(where: str) -> Iterator[None]:
-    """Within, the message of a ``UserError`` is preceded by what it is about, such as an option."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error

@@ -14,7 +14,7 @@ from . import cases, editing, heatmaps, images, lookup, photos, recipes, run, ru
 from . import recipe as recipe_
 from .cases import Case
 from .editing import Job
-from .errors import UserError, counted, located
+from .errors import UserError, counted, named
 from .layouts import listed
 from .lookup import Found
 from .method import EditSettings, Example, Method
@@ -360,7 +360,7 @@ def _check_texts(outline: Method | None, *texts: tuple[str, str]) -> None:
     if outline is None:
         return
     for where, text in texts:
-        with located(where):
+        with named(where):
             outline.check_text(text)
 
 

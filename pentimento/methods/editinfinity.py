@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import images
 from ..adapters import Adapters, LoRA
-from ..errors import UserError, located
+from ..errors import UserError, named
 from ..infinity import authored, loading, regions
 from ..infinity.backbone import Codes, Infinity, extend
 from ..infinity.config import InfinityConfig
@@ -370,10 +370,11 @@ class EditInfinity(Method):
             captions = (config.source_prompt,) if config.source_prompt else row.prompts
             if not all(caption.strip() for caption in captions):
                 raise UserError(NO_CAPTION)
-            if outline is not None:
-                with located("config.source_prompt" if config.source_prompt else row.key):
-                    for caption in captions:
-                        outline.check_text(caption)
+            if outline is None:
+                continue
+            for caption in captions:
+                with named("config.source_prompt" if config.source_prompt else row.key):
+                    outline.check_text(caption)
         if config.word and config.source_prompt:
             regions.find_words(config.source_prompt, config.word)
 
