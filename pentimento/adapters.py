@@ -28,6 +28,8 @@ from .specs import ExpertLoRA as ExpertLoRA
 from .specs import LoRA as LoRA
 from .specs import spec_of as spec_of
 
+LONGEST = 80
+"""Characters of a target in messages."""
 SHOWN = 3
 
 
@@ -402,7 +404,7 @@ class Adapters:
             matched = [path for path in self._modules if specs.matches(spec.targets, target, path)]
             if not matched:
                 raise UserError(
-                    f"lora.targets: nothing in {type(self.host).__name__} is called {target!r}{self._nearest(target)}"
+                    f"lora.targets: nothing in {type(self.host).__name__} is called {target[:LONGEST]!r}{self._nearest(target)}"
                 )
             wrong = [path for path in matched if not isinstance(self._modules[path], (nn.Linear, nn.Conv2d))]
             if wrong:

@@ -334,7 +334,7 @@ def _sheet(job: Job, source: Image, texts: Sequence[str], rows: Sequence[Sequenc
         return images.sheet(
             [[source, *row] for row in rows], titles=["source", *titles], labels=labels, cell=cell
         )
-    titles = [" ".join(part for part in (texts[0], tag) if part) or "result" for tag in tags]
+    titles = [": ".join(part for part in (tag, texts[0]) if part) or "result" for tag in tags]
     return images.sheet([[source, *(row[0] for row in rows)]], titles=["source", *titles], cell=cell)
 
 

@@ -99,6 +99,12 @@ def begin(method: Method, init: Path) -> None:
     """
     theirs = method.theirs(init)
     if theirs is None:
+        found = [init] if init.is_file() else sorted(init.rglob(inspection.WEIGHTS_NAME))
+        base = record_of(found[0]).get("backbone", {}) if found else {}
+        if base.get("family", method.family) != method.family:
+            raise UserError(
+                f"--init {init}: it was trained on {base['family']}, but {type(method).__name__} works on {method.family}"
+            )
         method.adapters.load(init)
         return
     if missing := {*method.adapters.specs, *method.adapters.tensors} - theirs.files.keys():

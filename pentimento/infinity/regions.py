@@ -17,7 +17,7 @@ from .. import schema
 from ..errors import UserError
 from ..method import Region
 from .quantizer import up
-from .scales import Schedule
+from .scales import Schedule, nearest_ratio
 
 WHITE = 127
 """From this level on a mask's pixel is white."""
@@ -99,6 +99,18 @@ def region_of_attention(attention: Tensor, threshold: float) -> Tensor:
 def region_of_mask(mask: Image.Image) -> Tensor:
     """The white pixels of a mask of mode L."""
     return torch.from_numpy(np.asarray(mask) >= WHITE)
+
+
+def check_mask(mask: Image.Image) -> None:
+    """Raise ``UserError`` for a mask of mode L whose white fills no cell, so that nothing would change."""
+    schedule = Schedule.of(nearest_ratio(mask.height, mask.width), "1M")
+    region = region_of_mask(mask)
+    if region.any() and not _filled(region, schedule.frame).any():
+        rows, columns = schedule.frame
+        raise UserError(
+            f"mask: by it nothing may change: white must fill {FILLED:.0%} of at least one cell of {mask.width / columns:.3g} x"
+            f" {mask.height / rows:.3g} pixels; paint a larger part white"
+        )
 
 
 def describe(region: Tensor, weight: Tensor, attention: Tensor | None) -> Region:

@@ -105,7 +105,7 @@ class EditInfinity(Method):
         word: str = ""
         """Region word: the word or phrase of source_prompt that names what changes."""
         threshold: float = 0.5
-        """Region word: attention that counts, from 0 (the least anywhere in the picture) to 1 (the most)."""
+        """Region word: attention that counts is above this, from 0 (the least anywhere in the picture) to below 1 (the most)."""
         size: str | None = None
         """Pixels of pictures: 0.06M, 0.25M, 0.60M or 1M (a square's edge is 256, 512, 768 or 1024). null: what the model was
         made for."""
@@ -137,14 +137,15 @@ class EditInfinity(Method):
         def __post_init__(self) -> None:
             if self.size is not None and self.size not in LENGTHS:
                 raise ValueError(f"size should be one of {', '.join(LENGTHS)} or null, not {self.size!r}")
-            for name in ("threshold", "flips", "text_dropout", "top_p"):
+            for name in ("flips", "text_dropout", "top_p"):
                 if not 0 <= getattr(self, name) <= 1:
                     raise ValueError(f"{name} must lie between 0 and 1, but it is {getattr(self, name)}")
             for name in ("rows", "flip_scales", "kl_weight", "cfg"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}")
-            if not 0 <= self.drop_path < 1:
-                raise ValueError(f"drop_path must be at least 0 and below 1, but it is {self.drop_path}")
+            for name in ("threshold", "drop_path"):
+                if not 0 <= (value := getattr(self, name)) < 1:
+                    raise ValueError(f"{name} must be at least 0 and below 1, but it is {value}")
             if not self.tau > 0:
                 raise ValueError(f"tau must be above 0, but it is {self.tau}")
 
@@ -403,18 +404,19 @@ class EditInfinity(Method):
             )
         if example.source is not None:
             _check_size(example.key or "the picture", *example.source.size)
-        if example.mask is not None or config.region == "whole":
-            return
-        if config.region == "mask":
+        if example.mask is not None:
+            regions.check_mask(example.mask)
+        elif config.region == "mask":
             raise UserError(
                 "mask: this edit needs one, white where the picture may change (or config.region=whole)"
             )
-        if not (config.word and config.source_prompt):
-            raise UserError(
-                "config.region is word: give the picture's caption as config.source_prompt (--source) and a word of it as"
-                " config.word (--target-word)"
-            )
-        regions.find_words(config.source_prompt, config.word)
+        elif config.region == "word":
+            if not (config.word and config.source_prompt):
+                raise UserError(
+                    "config.region is word: give the picture's caption as config.source_prompt (--source) and a word of it as"
+                    " config.word (--target-word)"
+                )
+            regions.find_words(config.source_prompt, config.word)
 
     @torch.no_grad()
     def region(self, example: Example) -> Region | None:

@@ -161,6 +161,19 @@ def test_titles_begin_where_a_prompt_differs_from_the_caption() -> None:
     assert editing.told_apart([caption], caption) == [caption]
 
 
+def test_titles_begin_with_what_tells_them_apart(
+    cat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(editing.images, "sheet", lambda rows, titles, **_: seen.append(titles))
+    asked = editing.Asked(source=cat, name="cat", instructions=("a dog",))
+    several = editing.variants(seed=0, count=1, scales="0,1", steps=None)
+    (job,) = editing.jobs_of([asked], variants=several, out=tmp_path / "out")
+    one = Image.new("RGB", SIZE)
+    editing._sheet(job, one, job.instructions, [[one], [one]])
+    assert seen == [["source", "scale0: a dog", "scale1: a dog"]]
+
+
 def test_a_stage_alone(call, cat: Path, short: list[str]) -> None:
     lone = [s for s in short if "stages.prompt" not in s]
     how = ["--source", CAPTION, "--prompt", "a dog"]
@@ -356,6 +369,15 @@ def test_other_methods_do_not_learn_pictures(refuse, cat: Path, trained: Path) -
     assert "only editinfinity finds where" in refuse("mask", trained, cat)
     assert "pairedit is a recipe; train it first" in refuse("edit", "pairedit", cat)
     assert "is the recipe editinfinity meant?" in refuse("edit", "editinfinty", cat)
+    start = [
+        "train",
+        "editinfinity",
+        f"data.root={cat}",
+        f"config.source_prompt={CAPTION}",
+        "--init",
+        trained,
+    ]
+    assert "it was trained on flux, but EditInfinity works on infinity" in refuse(*start, "--dry-run")
     with pytest.raises(UserError, match="no recipe of a method that learns the picture"):
         pentimento.learn("pairedit", cat)
 

@@ -155,6 +155,10 @@ def test_mistakes_of_edits(infinity: Infinity, picture: Callable[..., Image.Imag
         edit.edit(example, EditSettings(steps=3))
     with pytest.raises(UserError, match="there is no picture"):
         edit.edit(Example(prompt="a dog"), EditSettings())
+    dot = Image.new("L", (320, 320))
+    dot.putpixel((40, 40), 255)
+    with pytest.raises(UserError, match="by it nothing may change: white must fill 20% of at least one cell"):
+        edit.edit(Example(source=example.source, prompt="a dog", mask=dot), EditSettings())
     for config, said in (
         ({"region": "mask"}, "mask: this edit needs one"),
         ({"region": "word"}, "config.region is word: give"),
@@ -171,6 +175,7 @@ def test_mistakes_of_settings() -> None:
         ({"flips": 1.5}, "flips must lie between 0 and 1"),
         ({"rows": -1}, "rows must not be negative"),
         ({"tau": 0.0}, "tau must be above 0"),
+        ({"threshold": 1}, "threshold must be at least 0 and below 1"),
     ):
         with pytest.raises(ValueError, match=said):
             EditInfinity.Config(**wrong)  # type: ignore[arg-type]
