@@ -65,7 +65,8 @@ def check_step(
     ((name, loss),) = method.losses(batch, draws)
     loss.backward()
     inputs, output = calls[0]
-    torch.testing.assert_close(inputs["hidden_states"], record["hidden_states"], rtol=0, atol=2e-6)
+    # Latents that went through the posterior and back; how they round depends on the number of threads.
+    torch.testing.assert_close(inputs["hidden_states"], record["hidden_states"], rtol=0, atol=4e-6)
     assert torch.equal(inputs["hidden_states"][..., 128:], record["hidden_states"][..., 128:]), (
         "mask channels"
     )
