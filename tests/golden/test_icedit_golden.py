@@ -65,7 +65,7 @@ def check_step(
     ((name, loss),) = method.losses(batch, draws)
     loss.backward()
     inputs, output = calls[0]
-    # Latents that went through the posterior and back; how they round depends on the number of threads.
+    # Latents that went through the posterior and back: how they round, and so the gradients, depends on the number of threads.
     torch.testing.assert_close(inputs["hidden_states"], record["hidden_states"], rtol=0, atol=4e-6)
     assert torch.equal(inputs["hidden_states"][..., 128:], record["hidden_states"][..., 128:]), (
         "mask channels"
@@ -82,7 +82,7 @@ def check_gradients(method: ICEdit, recorded: dict[str, Tensor]) -> int:
     """All of them; returns how many there are."""
     own = dict(method.flux.transformer.named_parameters())
     for name, expected in recorded.items():
-        close(own[name.replace(".default.", ".edit.")].grad, expected, 2e-6)
+        close(own[name.replace(".default.", ".edit.")].grad, expected, 5e-6)
     trained = [p for p in own.values() if p.grad is not None]
     assert len(trained) == len(recorded)
     return len(trained)
