@@ -150,8 +150,8 @@ class Method(ABC):
 
     @classmethod
     def base_digest(cls, backbone: Any) -> str:
-        """Changes with the weights of the base model that training reads; for methods that learn single pictures."""
-        raise NotImplementedError(f"{cls.__name__} learns no single pictures")
+        """Changes with the weights of the base model that training reads; ``UserError`` where no single pictures are learnt."""
+        raise UserError(f"method: {cls.__name__} learns no single pictures; take inversion or editinfinity")
 
     @classmethod  # noqa: B027 (most take whatever the data section does)
     def check_data(cls, backbone: Any, config: Any, rows: Sequence["Pair"]) -> None:

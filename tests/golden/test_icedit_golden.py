@@ -5,6 +5,7 @@ The subset beside this file runs always; ``pytest -m golden --golden DIR`` runs 
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def batch_of(flux: Flux, x_0: Tensor, x_cond: Tensor, grid: tuple[int, int], tex
     }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """With one thread the autoencoder rounds otherwise, 3e-6 away from the recordings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def check_step(
     method: ICEdit, record: dict[str, Tensor], batch: dict[str, Tensor], posteriors: list[Tensor]
 ) -> float:
@@ -65,8 +75,7 @@ def check_step(
     ((name, loss),) = method.losses(batch, draws)
     loss.backward()
     inputs, output = calls[0]
-    # Latents that went through the posterior and back: how they round, and so the gradients, depends on the number of threads.
-    torch.testing.assert_close(inputs["hidden_states"], record["hidden_states"], rtol=0, atol=4e-6)
+    torch.testing.assert_close(inputs["hidden_states"], record["hidden_states"], rtol=0, atol=2e-6)
     assert torch.equal(inputs["hidden_states"][..., 128:], record["hidden_states"][..., 128:]), (
         "mask channels"
     )
@@ -82,7 +91,7 @@ def check_gradients(method: ICEdit, recorded: dict[str, Tensor]) -> int:
     """All of them; returns how many there are."""
     own = dict(method.flux.transformer.named_parameters())
     for name, expected in recorded.items():
-        close(own[name.replace(".default.", ".edit.")].grad, expected, 5e-6)
+        close(own[name.replace(".default.", ".edit.")].grad, expected, 2e-6)
     trained = [p for p in own.values() if p.grad is not None]
     assert len(trained) == len(recorded)
     return len(trained)

@@ -297,10 +297,15 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_teacher_forcing(golden_dir: Path, case: str, biased: bool, tolerance: float) -> None:
+    assert teacher_forced(golden_dir, case, biased) <= tolerance
+
+
+def teacher_forced(golden_dir: Path, case: str, biased: bool) -> float:
+    """Distance of the logits."""
     record = load_file(golden_dir / "gpt" / f"{case}.safetensors")
     net = model(golden_dir / "gpt" / "gpt_d16_state.safetensors", attention_bias=biased)
     logits = net(record["x_BLC_wo_prefix"], texts(record), SMALL)
-    assert distance(logits.flatten(2), record["logits"]) <= tolerance
+    return distance(logits.flatten(2), record["logits"])
 
 
 @pytest.mark.parametrize(("case", "biased"), [("edit", False), ("base", True)])
@@ -308,7 +313,7 @@ def test_teacher_forcing_with_the_rounding_of_the_kernel(
     golden_dir: Path, case: str, biased: bool, rounded: None
 ) -> None:
     """The reference as it runs on a GPU in float32 differs from ours by this rounding alone."""
-    test_teacher_forcing(golden_dir, f"tf_square_B2__{case}_bf16", biased, 5e-3)
+    assert teacher_forced(golden_dir, f"tf_square_B2__{case}_bf16", biased) <= 5e-3
 
 
 def test_inside_of_teacher_forcing(golden_dir: Path) -> None:
@@ -370,11 +375,10 @@ DRAWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DRAWN)
-def test_drawing(
-    golden_dir: Path, case: str, monkeypatch: pytest.MonkeyPatch, tolerance: float = 1e-4
-) -> None:
-    """Bits of every scale, logits, the sum of the codes, and the picture but for rounding instead of truncation."""
+def check_drawing(
+    golden_dir: Path, case: str, monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bits and logits of every scale; returns the sum of the codes and the recording."""
     record = load_file(golden_dir / f"{case}.safetensors")
     net = model(golden_dir / "gpt" / "gpt_d16_state.safetensors", attention_bias="__base" in case)
     if "lora" in case:
@@ -390,21 +394,35 @@ def test_drawing(
     if "logits_0" in record:
         drawing.check_logits(record, tolerance)
     drawing.check_bits(record, SMALL)
-    assert distance(drawn.z, record["summed_codes"]) <= 1e-5
+    return drawn.z, record
+
+
+@pytest.mark.parametrize("case", DRAWN)
+def test_drawing(golden_dir: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits of every scale, logits, the sum of the codes, and the picture but for rounding instead of truncation."""
+    z, record = check_drawing(golden_dir, case, monkeypatch, 1e-4)
+    assert distance(z, record["summed_codes"]) <= 1e-5
     if "image_bgr_uint8" in record:
-        file = golden_dir / "vae" / "vae_d16_s16_state.safetensors"
-        tokenizer = Tokenizer(loading.check_tokenizer(shapes_of(file), file, None)).requires_grad_(False)
-        tokenizer.load_state_dict(load_file(file))
-        pixels = ((tokenizer.decode(drawn.z) + 1) / 2 * 255).to(torch.uint8)
-        theirs = record["image_bgr_uint8"].flip(-1).permute(0, 3, 1, 2)
-        assert int((pixels.int() - theirs.int()).abs().max()) <= 1
+        assert steps_apart(golden_dir, z, record["image_bgr_uint8"]) <= 1
+
+
+def steps_apart(golden_dir: Path, z: Tensor, theirs: Tensor) -> int:
+    """Levels of 8 bits between the picture of a sum of codes and a recorded one in BGR."""
+    file = golden_dir / "vae" / "vae_d16_s16_state.safetensors"
+    tokenizer = Tokenizer(loading.check_tokenizer(shapes_of(file), file, None)).requires_grad_(False)
+    tokenizer.load_state_dict(load_file(file))
+    pixels = ((tokenizer.decode(z) + 1) / 2 * 255).to(torch.uint8)
+    return int((pixels.int() - theirs.flip(-1).permute(0, 3, 1, 2).int()).abs().max())
 
 
 @pytest.mark.parametrize("variant", ["edit", "base"])
 def test_drawing_with_the_rounding_of_the_kernel(
     golden_dir: Path, variant: str, monkeypatch: pytest.MonkeyPatch, rounded: None
 ) -> None:
-    test_drawing(golden_dir, f"infer/gen_greedy_square__{variant}_bf16", monkeypatch, 2e-2)
+    z, record = check_drawing(golden_dir, f"infer/gen_greedy_square__{variant}_bf16", monkeypatch, 2e-2)
+    assert distance(z, record["summed_codes"]) <= 1e-5
+    if "image_bgr_uint8" in record:
+        assert steps_apart(golden_dir, z, record["image_bgr_uint8"]) <= 1
 
 
 def test_blend(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
