@@ -50,6 +50,8 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
+WHITE = 127
+"""From this level on a mask's pixel is white."""
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

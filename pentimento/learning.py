@@ -383,9 +383,9 @@ def _mask(case: Case) -> Image | None:
     if case.mask is None:
         return None
     mask = images.open_mask(case.mask, white=case.mask_white)
-    low, high = mask.point(lambda level: 255 * (level >= 128)).getextrema()
+    low, high = mask.point(lambda level: 255 * (level >= images.WHITE)).getextrema()
     if low == high:
-        what, colour = ("everything", "change") if high else ("nothing", "keep")
+        what = "everything" if high else "nothing"
         raise UserError(
             f"{case.mask}: by this mask {what} may change; paint what may change white and the rest black"
             " (with --mask-keeps the other way round), or leave it out to change the whole picture"

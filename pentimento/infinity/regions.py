@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .. import schema
+from .. import images, schema
 from ..errors import UserError
 from ..method import Region
 from .quantizer import up
 from .scales import Schedule, nearest_ratio
 
-WHITE = 127
-"""From this level on a mask's pixel is white."""
 FILLED = 0.2
 """Share of a cell's pixels that makes it part of a region."""
 COARSE, FEW = (4, 4), 6
@@ -98,7 +96,7 @@ def region_of_attention(attention: Tensor, threshold: float) -> Tensor:
 
 def region_of_mask(mask: Image.Image) -> Tensor:
     """The white pixels of a mask of mode L."""
-    return torch.from_numpy(np.asarray(mask) >= WHITE)
+    return torch.from_numpy(np.asarray(mask) >= images.WHITE)
 
 
 def check_mask(mask: Image.Image) -> None:
