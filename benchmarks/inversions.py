@@ -5,10 +5,11 @@ python -m benchmarks.inversions --out FOLDER [--arms mask,auto,whole,base-mask,b
 
 Cases are of the test split, nothing is pasted back, seed 0; captions say where things are (phrasing 1; 3 is the wording that training
 never saw). Per arm of a case: whether the edit is read off the picture, other attributes kept, PSNR outside of the true change and
-how far it lies below the tokenizer's own round trip on the same pixels, how the region found by attention overlaps the true one, and
-how well the caption of the source draws the source: bits right when teacher forced, PSNR when drawn. For `add` no word of the caption
-names what changes, so it has no arm `auto`. An arm of a case that has its result.json is not made again, so that the same command
-goes on where it stopped. Means over the cases with 95 % bootstrap intervals. It needs neither TensorBoard nor pyarrow.
+how far it lies below the tokenizer's own round trip on the same pixels and on those at least a cell of the grid away from the change,
+how the region found by attention overlaps the true one, and how well the caption of the source draws the source: bits right when
+teacher forced, PSNR when drawn. For `add` no word of the caption names what changes, so it has no arm `auto`. An arm of a case that has
+its result.json is not made again, so that the same command goes on where it stopped. Means over the cases with 95 % bootstrap
+intervals. It needs neither TensorBoard nor pyarrow.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 import pentimento
 from pentimento import images, metrics, recipe, runfolder
@@ -48,7 +50,7 @@ PARTS = {
 }  # fmt: skip
 """What captions call the attributes of portraits, and the ground."""
 COLUMNS = (
-    "success", "kept", "background", "below the tokenizer", "region IoU", "region recall", "bits right", "drawn again",
+    "success", "kept", "background", "below the tokenizer", "below it a cell off", "region IoU", "region recall", "bits right", "drawn again",
     "seconds of learning", "seconds of the edit",
 )  # fmt: skip
 
@@ -62,12 +64,15 @@ class Arm:
     """Stages of the recipe; none: the base model draws."""
     masked: bool = False
     """Is given the true mask."""
+    scale: float = 1.0
+    """Of the LoRA in the edit."""
 
 
 ARMS = {
     "mask": Arm(recipe="editinfinity-mask", masked=True),
     "auto": Arm(recipe="editinfinity-auto"),
     "whole": Arm(),
+    "mask-half": Arm(recipe="editinfinity-mask", masked=True, scale=0.5),
     "prompt-only": Arm(recipe="editinfinity-mask", learns=(PROMPT,), masked=True),
     "lora-only": Arm(recipe="editinfinity-mask", learns=(LORA,), masked=True),
     "base-mask": Arm(recipe="editinfinity-mask", learns=(), masked=True),
@@ -121,7 +126,9 @@ def loaded(overrides: tuple[str, ...]) -> EditInfinity:
 def one_case(work: Work, overrides: tuple[str, ...]) -> None:
     """Make all of a case's arms; each leaves result.json and result.png."""
     method, case = loaded(overrides), work.case
-    rows, columns = method.schedule(1, 1).pixels
+    schedule = method.schedule(1, 1)
+    rows, columns = schedule.pixels
+    cell = columns // schedule.grids[-1][1]
     source, target = (score.pictures([case], side, columns)[0] for side in ("source", "target"))
     images.save_image(source, work.place / "source.png")
     images.save_image(target, work.place / "target.png")
@@ -131,7 +138,7 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
     for name in work.arms:
         out = work.place / name
         if name == TOKENIZER:
-            codes = method.infinity.encode_images([source], method.schedule(columns, rows))
+            codes = method.infinity.encode_images([source], schedule)
             result, found = method.infinity.decode(torch.stack(codes.codes).sum(0))[0], {}
         else:
             plan = plan_of(name, case, work.place / "source.png", overrides)
@@ -140,10 +147,20 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
         images.save_image(result, out / "result.png")
         found |= {
             "task": case.task, "key": case.key, "arm": name, "success": float(reading.success), "kept": reading.kept,
-            "background": reading.background if (~changed).any() else None, "explained": reading.explained,
+            "background": outside(result, source, changed, 0), "cell off": outside(result, source, changed, cell), "explained": reading.explained,
             "instruction": case.instruction, "target_prompt": case.target_prompt,
         }  # fmt: skip
         runfolder.write_text(out / "result.json", json.dumps(found, indent=1) + "\n")
+
+
+def outside(result: Image.Image, source: Image.Image, changed: Tensor, margin: int) -> float | None:
+    """PSNR of the pixels more than ``margin`` away from those that change (H, W); ``None`` where there are none."""
+    near = F.max_pool2d(changed.float()[None], 2 * margin + 1, 1, margin)[0] > 0
+    if near.all():
+        return None
+    a, b = images.to_unit([result, source])
+    error = (a - b).square().mean(0)[~near].mean()
+    return min(60.0, float(-10 * torch.log10(error.clamp(min=1e-9))))
 
 
 def edited(
@@ -158,7 +175,7 @@ def edited(
     if plan.config.region == "word":
         found |= overlap(method, example)
     began = time.perf_counter()
-    result = method.edit(target, EditSettings(scale=float(bool(arm.learns))))
+    result = method.edit(target, EditSettings(scale=arm.scale if arm.learns else 0.0))
     return result, {**found, "seconds of the edit": time.perf_counter() - began}
 
 
@@ -222,11 +239,15 @@ def overlap(method: EditInfinity, example: Example) -> dict[str, float]:
 def table(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Means with intervals by arm and task, and over all tasks."""
     results = list(results)
-    floor = {(r["task"], r["key"]): r["background"] for r in results if r["arm"] == TOKENIZER}
+    best = {(r["task"], r["key"]): r for r in results if r["arm"] == TOKENIZER}
     gathered: Gathered = {}
     for result in results:
-        mine, best = result["background"], floor[result["task"], result["key"]]
-        values = {**result, "below the tokenizer": None if mine is None or best is None else best - mine}
+        floor = best[result["task"], result["key"]]
+        below = {"below the tokenizer": "background", "below it a cell off": "cell off"}
+        values = result | {
+            column: None if result[name] is None else floor[name] - result[name]
+            for column, name in below.items()
+        }
         for task in (result["task"], ALL):
             columns = gathered.setdefault((result["arm"], task), {})
             for name in COLUMNS:

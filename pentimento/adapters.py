@@ -155,7 +155,8 @@ class Adapters:
         ``seeds``: one for each row of a batch. What is left out depends on them and on the layer alone.
         """
         for key, dropout in self._dropouts.items():
-            dropout.seeds = [zlib.crc32(f"{seed} {key}".encode()) for seed in seeds]
+            numbers = [zlib.crc32(f"{seed} {key}".encode()) for seed in seeds]
+            dropout.seeds = torch.tensor(numbers) if numbers else None
 
     def routing(self, name: str) -> dict[str, moe.Routing]:
         """What an adapter's routers did in the last forward pass, by layer.

@@ -1,12 +1,47 @@
 """Modules that adapters put into a host: float32 copies of small modules, and dropout that can be repeated."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+
+@torch.library.custom_op("pentimento::dropout", mutates_args=())
+def dropout(x: Tensor, seeds: Tensor, rate: float) -> Tensor:
+    """Leave elements out, those of every row by its own seed.
+
+    An operator of its own, so that compiled code calls it as it is, and what is left out is drawn again in the backward pass
+    instead of being kept.
+
+    Args:
+        x: (n B, ...) for B seeds; several times B where a method predicts for several states of a row at once.
+        seeds: (B,) int64, on the CPU.
+        rate: probability in [0, 1) with which an element is left out.
+    """
+    kept = torch.empty_like(x, dtype=torch.bool)
+    numbers = seeds.tolist()
+    for i, row in enumerate(kept):
+        seed = numbers[i % len(numbers)] + i // len(numbers)
+        row.bernoulli_(1 - rate, generator=torch.Generator(x.device).manual_seed(seed))
+    return torch.where(kept, x, 0).mul_(1 / (1 - rate))
+
+
+@dropout.register_fake
+def _(x: Tensor, seeds: Tensor, rate: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.seeds, ctx.rate = inputs
+
+
+def _dropout_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return dropout(gradient, ctx.seeds, ctx.rate), None, None
+
+
+dropout.register_autograd(_dropout_backward, setup_context=_keep)
 
 
 class Dropout(nn.Module):
@@ -19,21 +54,16 @@ class Dropout(nn.Module):
         """``rate``: probability in [0, 1) with which an input is left out."""
         super().__init__()
         self.rate = rate
-        self.seeds: Sequence[int] = ()
-        """Of the rows of a batch; none: nothing is left out."""
+        self.seeds: Tensor | None = None
+        """(B,), of the rows of a batch; none: nothing is left out."""
 
-    @torch.compiler.disable  # whose guards would hold the seeds, which every step changes
     def forward(self, x: Tensor) -> Tensor:
-        """x (n B, ...) for B seeds; several times B where a method predicts for several states of a row at once."""
-        if not self.seeds:
+        """x (n B, ...) for B seeds, see ``dropout``; under autocast as narrow as the layer behind would make it."""
+        if self.seeds is None:
             return x
-        seeds = [self.seeds[i % len(self.seeds)] + i // len(self.seeds) for i in range(len(x))]
-        kept = [
-            torch.rand(x.shape[1:], device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
-            >= self.rate
-            for seed in seeds
-        ]
-        return torch.where(torch.stack(kept), x / (1 - self.rate), 0)
+        kind = x.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return dropout(x.to(narrow), self.seeds, self.rate)
 
 
 class Whole(nn.Module):

@@ -3,11 +3,13 @@
 import argparse
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from benchmarks import inversions, photographs, quality, slider_composition, slider_photos, sliders, true_size
@@ -158,7 +160,9 @@ def test_arms_of_a_case_share_what_they_learn(
 
 def test_edits_are_compared_with_the_tokenizer_case_by_case() -> None:
     def result(arm: str, key: str, background: float | None, task: str = "add") -> dict[str, Any]:
-        return {"arm": arm, "key": key, "task": task, "background": background, "success": 1.0, "kept": 1.0}
+        off = None if background is None else 2 * background
+        found = {"arm": arm, "key": key, "task": task, "background": background, "cell off": off}
+        return {**found, "success": 1.0, "kept": 1.0}
 
     rows = [result(inversions.TOKENIZER, "a", 34.0), result(inversions.TOKENIZER, "b", 30.0)]
     rows += [result("mask", "b", 29.0), result("mask", "a", 32.0)]
@@ -166,9 +170,20 @@ def test_edits_are_compared_with_the_tokenizer_case_by_case() -> None:
     report = inversions.table(rows)
     assert list(report) == ["add", "background", "all tasks"]
     assert report["add"]["mask"]["below the tokenizer"] == [1.5, 1.0, 2.0]
+    assert report["add"]["mask"]["below it a cell off"] == [3.0, 2.0, 4.0]
     assert report["all tasks"]["mask"]["background"][0] == 30.5
     assert report["background"]["mask"]["below the tokenizer"] == [None] * 3
     assert report["add"]["mask"]["region IoU"] == [None] * 3
+
+
+def test_background_is_measured_away_from_the_change() -> None:
+    source, result = (Image.new("RGB", (32, 32), "black") for _ in range(2))
+    changed = torch.zeros(32, 32, dtype=torch.bool)
+    changed[:8, :8] = True
+    result.paste((255, 0, 0), (8, 0, 12, 4))  # beside the change
+    assert inversions.outside(result, source, changed, 0) == pytest.approx(-10 * math.log10(16 / 3 / 960))
+    assert inversions.outside(result, source, changed, 4) == 60.0
+    assert inversions.outside(result, source, changed, 32) is None
 
 
 def test_every_part_at_true_size_is_timed(random_infinity: Path, tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ class Infinity:
         if checkpointing is None:
             parameters = sum(p.numel() for p in infinity.transformer.parameters())
             checkpointing = parameters >= pretrained.CHECKPOINT_FROM
-        infinity.transformer.checkpointing = checkpointing
+        infinity.transformer.checkpointing = float(checkpointing)
         if config.compile:
+            infinity.transformer.cudnn = device.type == "cuda"
             for block in infinity.transformer.blocks:
                 block.compile()
         return infinity

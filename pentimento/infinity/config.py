@@ -37,13 +37,20 @@ class InfinityConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the transformer's blocks and of the text encoder; adapters and everything else are float32. `auto`: bf16 on
     CUDA, else fp32."""
-    gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: slower, far less memory. null: on for models above a
-    billion parameters."""
+    gradient_checkpointing: bool | float | None = None
+    """Recompute activations in the backward pass: slower, far less memory. A number: in this share of the blocks. null: in all of
+    models above a billion parameters."""
     compile: bool = False
-    """Compile the transformer's blocks for training: the first step of a stage takes long, later ones are faster."""
+    """Compile the transformer's blocks for training adapters: the first step takes long, later ones are faster. Learnt rows are
+    trained without it."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= (self.gradient_checkpointing or 0) <= 1:
+            raise ValueError(
+                f"gradient_checkpointing must lie between 0 and 1, but it is {self.gradient_checkpointing}"
+            )
 
     def about(self) -> BaseModel:
         """What a model card says of these weights."""

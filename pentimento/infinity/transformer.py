@@ -10,6 +10,7 @@ narrower.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -17,12 +18,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .scales import Schedule
 
 EPS = 1e-6
 MAX_SCALE = math.log(100)
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 Span = tuple[int, int]
 Watch = Callable[[Tensor], None]
 """Is given the cross attention (B, H, L, S) of a block, after the softmax."""
@@ -115,6 +120,8 @@ class Place(NamedTuple):
     spans: Sequence[Span]
     """Of the scales within these tokens; the last of one call is the end."""
     cache: Cache | None = None
+    cudnn: bool = False
+    """Attend with cuDNN's kernels where they can."""
 
 
 class SelfAttention(nn.Module):
@@ -145,14 +152,19 @@ class SelfAttention(nn.Module):
         v = qkv[2]
         if place.cache is not None:
             k, v = place.cache.extend(k, v)
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if place.cudnn else nullcontext():
+            out = self._by_scales(q, k, v, place.spans)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _by_scales(self, q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
         seen = k.shape[2] - q.shape[2]
-        scales = list(zip(q.split([end - start for start, end in place.spans], 2), place.spans, strict=True))
+        scales = list(zip(q.split([end - start for start, end in spans], 2), spans, strict=True))
         out: list[Tensor] = []
         for queries, (_, end) in reversed(scales):
             # A slice of the slice before: its gradient is as long as that one, not as long as all scales.
             k, v = k[:, :, : seen + end], v[:, :, : seen + end]
             out.insert(0, F.scaled_dot_product_attention(queries, k, v, scale=1.0))
-        return self.proj(torch.cat(out, 2).transpose(1, 2).flatten(2))
+        return torch.cat(out, 2)
 
 
 class Text(NamedTuple):
@@ -250,7 +262,10 @@ class FeedForward(nn.Module):
         self.fc2 = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        # Weights of adapters are float32; with autocast they compute as narrow as the layers do.
+        dtype = self.fc1.weight.dtype
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class TextNorm(nn.Module):
@@ -342,7 +357,10 @@ class InfinityTransformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing = 0.0
+        """Share of the blocks, from the first on, that keep no activations for the backward pass."""
+        self.cudnn = False
+        """Attend with cuDNN's kernels in ``forward``: on Hopper twice as fast, after seconds of preparing for every length."""
         width = config.width
         self.cfg_uncond = nn.Parameter(torch.empty(config.text_length, config.text_width))
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
@@ -406,16 +424,19 @@ class InfinityTransformer(nn.Module):
         x = torch.cat([start, self.word_embed(inputs).float()], 1)
         rotation, scale_of = _tables(schedule, self.config.width // self.config.heads, x.device)
         x = x + self.lvl_embed(scale_of)
-        place = Place(rotation, schedule.spans)
+        place = Place(rotation, schedule.spans, cudnn=self.cudnn)
         for number, block in enumerate(self.blocks):
             factors = None if branches is None else branches[number]
             arguments = (x, condition.modulation, condition.context, place, None, factors)
-            # Caches are no part of teacher forcing: a block may run twice.
-            x = (
-                checkpoint(block, *arguments, use_reentrant=False)
-                if self.checkpointing
-                else block(*arguments)
-            )
+            # Compiled with torch 2.11 for an H200, gradients of the modulation come out as random numbers: where the text is
+            # learnt, blocks run as they are.
+            run = block.forward if condition.modulation.requires_grad else block
+            # Caches are no part of teacher forcing: a block may run twice. The first ones do, whose turn in the backward pass
+            # comes when the others' activations are gone.
+            if number < self.checkpointing * self.config.depth:
+                x = checkpoint(run, *arguments, use_reentrant=False)
+            else:
+                x = run(*arguments)
         return self.logits(x, condition)
 
 

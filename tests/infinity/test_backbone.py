@@ -211,18 +211,45 @@ def test_watching(infinity: Infinity, cfg: float) -> None:
         assert not attention.permute(0, 3, 1, 2)[~text.known()].any()
 
 
+@pytest.mark.parametrize(("share", "again"), [(True, 4), (0.5, 2), (0.3, 2), (False, 0)])
 def test_checkpointing_changes_nothing(
-    infinity: Infinity, infinity_config: InfinityConfig, totals: list[Tensor]
+    infinity: Infinity,
+    infinity_config: InfinityConfig,
+    totals: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    share: bool | float,
+    again: int,
 ) -> None:
-    other = Infinity.load(replace(infinity_config, gradient_checkpointing=True))
-    assert other.transformer.checkpointing and not infinity.transformer.checkpointing
-    results = []
+    """Of four blocks the first ones run again in the backward pass."""
+    other = Infinity.load(replace(infinity_config, gradient_checkpointing=share))
+    assert not infinity.transformer.checkpointing
+    run, ran = Block.forward, []
+    monkeypatch.setattr(Block, "forward", lambda block, *given: [ran.append(block), run(block, *given)][1])
+    results, counts = [], []
     for each in (infinity, other):
         rows = torch.ones(2, 32, requires_grad=True)
         logits = each.logits(extend(each.encode_prompts(PROMPTS), rows), totals, SCHEDULE)
         logits.square().mean().backward()
         results.append((logits.detach(), rows.grad))
+        counts.append(len(ran))
+    assert counts == [4, 4 + 4 + again]
+    assert ran[8:] == list(other.transformer.blocks)[:again][::-1]
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1])
+def test_a_share_of_the_blocks_is_one(share: float) -> None:
+    with pytest.raises(ValueError, match="gradient_checkpointing must lie between 0 and 1, but it is"):
+        InfinityConfig(gradient_checkpointing=share)
+
+
+def test_preferring_cudnn_changes_nothing_where_there_is_none(
+    infinity: Infinity, totals: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = infinity.encode_prompts(PROMPTS)
+    before = infinity.logits(text, totals, SCHEDULE)
+    monkeypatch.setattr(infinity.transformer, "cudnn", True)
+    assert torch.equal(infinity.logits(text, totals, SCHEDULE), before)
 
 
 @pytest.fixture
@@ -240,13 +267,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
         yield traced
 
 
-def test_compiled_blocks_train_alike(
+def test_where_the_text_is_learnt_blocks_are_not_compiled(
     infinity: Infinity,
     infinity_config: InfinityConfig,
     totals: list[Tensor],
     graphs: list[torch.fx.GraphModule],
 ) -> None:
-    """Traced once for all blocks; pictures are drawn as ever."""
+    """Compiled for a GPU, gradients of the modulation would be wrong."""
     compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
     results = []
     for each in (infinity, compiled):
@@ -255,21 +282,17 @@ def test_compiled_blocks_train_alike(
         logits.square().mean().backward()
         assert rows.grad is not None
         results.append((logits.detach(), rows.grad))
-    assert len(graphs) == 1
-    close(results[1][0], results[0][0])
-    close(results[1][1], results[0][1])
-    text = infinity.encode_prompts(PROMPTS)
-    drawn = [each.generate(text, SCHEDULE, Sampling(), seed=0).z for each in (infinity, compiled)]
-    assert torch.equal(*drawn) and len(graphs) == 1
+    assert not graphs
+    assert torch.equal(results[1][0], results[0][0]) and torch.equal(results[1][1], results[0][1])
 
 
-def test_compiled_blocks_are_not_traced_again_for_other_dropouts(
+def test_compiled_blocks_train_alike(
     infinity: Infinity,
     infinity_config: InfinityConfig,
     totals: list[Tensor],
     graphs: list[torch.fx.GraphModule],
 ) -> None:
-    """However many steps there are; gradients are those of blocks that are not compiled."""
+    """Traced in the first step alone, whatever is dropped; pictures are drawn as ever."""
     compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
     counts, gradients = [], []
     for each in (infinity, compiled):
@@ -285,9 +308,13 @@ def test_compiled_blocks_are_not_traced_again_for_other_dropouts(
             each.logits(text, totals, SCHEDULE).square().mean().backward()
             counts.append(len(graphs))
         gradients.append([parameter.grad for parameter in trained])
-    assert counts[:3] == [0, 0, 0] and counts[3] == counts[4] == counts[5] > 0
+        adapters.drop(())
+    assert counts == [0, 0, 0, 2, 2, 2]  # the first block's input needs no gradient
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    text = infinity.encode_prompts(PROMPTS)
+    drawn = [each.generate(text, SCHEDULE, Sampling(), seed=0).z for each in (infinity, compiled)]
+    assert torch.equal(*drawn) and len(graphs) == 2
 
 
 def test_half_precision_is_for_the_blocks(
@@ -324,6 +351,23 @@ def test_adapters_learn_in_full_precision(
     infinity.logits(text, totals, SCHEDULE).square().mean().backward()
     named = {k: p for k, p in infinity.transformer.named_parameters() if p.grad is not None and p.grad.any()}
     assert len(named) == 2 * 4 and all(".lora_B." in k for k in named)  # A's gradient is 0 while B is
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_compute_as_narrow_as_their_layers(
+    infinity_config: InfinityConfig, totals: list[Tensor], precision: str
+) -> None:
+    infinity = Infinity.load(replace(infinity_config, precision=precision))
+    adapters = Adapters(infinity.transformer)
+    adapters.add("lora", LoRA(targets=r".*\.ffn\.fc[12]", rank=4, alpha=32, dropout=0.1))
+    adapters.use(lora=1)
+    adapters.drop((0, 1, 2))
+    seen = []
+    for name, module in infinity.transformer.named_modules():
+        if ".lora_" in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    infinity.logits(infinity.encode_prompts(PROMPTS), totals, SCHEDULE)
+    assert seen == [infinity.dtype] * 2 * 2 * 4
 
 
 def test_biases_of_attention_can_be_left_out(

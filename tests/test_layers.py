@@ -1,0 +1,35 @@
+"""Dropout that can be repeated."""
+
+import torch
+
+from pentimento.layers import Dropout, dropout
+
+SEEDS = torch.tensor([3, 2**32 - 1])
+
+
+def test_the_operator_is_sound():
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    torch.library.opcheck(dropout, (x, SEEDS, 0.3))
+
+
+def test_a_gradient_is_dropped_as_its_element_was():
+    x = torch.ones(2, 50, requires_grad=True)
+    out = dropout(x, SEEDS, 0.3)
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+def test_a_row_hangs_on_its_seed_alone():
+    x = torch.randn(2, 50)
+    both = dropout(x, SEEDS, 0.3)
+    for i in range(2):
+        assert torch.equal(dropout(x[i : i + 1], SEEDS[i : i + 1], 0.3)[0], both[i])
+
+
+def test_under_autocast_it_is_as_narrow_as_the_layer_behind():
+    layer = Dropout(0.5)
+    layer.seeds = SEEDS
+    x = torch.randn(2, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)
+    assert narrow.dtype == torch.bfloat16 and torch.equal(narrow == 0, layer(x) == 0)
