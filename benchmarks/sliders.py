@@ -264,7 +264,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", default=[3, 1], type=numbers)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--faces", type=int, default=10)
-    parser.add_argument("--calibration-faces", type=int, default=6)
+    parser.add_argument("--calibration-faces", type=int, default=12)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=1, help="processes, each of one thread")
     args, overrides = parser.parse_known_args()
