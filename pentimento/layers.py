@@ -20,17 +20,18 @@ def dropout(x: Tensor, seeds: Tensor, rate: float) -> Tensor:
         seeds: (B,) int64, on the CPU.
         rate: probability in [0, 1) with which an element is left out.
     """
-    kept = torch.empty_like(x, dtype=torch.bool)
+    # Contiguous: what is drawn must not hang on the layout of x, which a gradient need not share.
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
     numbers = seeds.tolist()
     for i, row in enumerate(kept):
         seed = numbers[i % len(numbers)] + i // len(numbers)
         row.bernoulli_(1 - rate, generator=torch.Generator(x.device).manual_seed(seed))
-    return torch.where(kept, x, 0).mul_(1 / (1 - rate))
+    return torch.where(kept, x.contiguous(), 0).mul_(1 / (1 - rate))
 
 
 @dropout.register_fake
 def _(x: Tensor, seeds: Tensor, rate: float) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

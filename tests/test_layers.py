@@ -19,6 +19,15 @@ def test_a_gradient_is_dropped_as_its_element_was():
     assert torch.equal(x.grad, out.detach())
 
 
+def test_the_layout_in_memory_does_not_count():
+    x = torch.ones(2, 5, 7).transpose(1, 2).requires_grad_()
+    out = dropout(x, SEEDS, 0.3)
+    assert torch.equal(out, dropout(x.detach().contiguous(), SEEDS, 0.3))
+    out.backward(torch.ones_like(out.transpose(1, 2)).transpose(1, 2))
+    assert torch.equal(x.grad, out.detach())
+    torch.library.opcheck(dropout, (x, SEEDS, 0.3))
+
+
 def test_a_row_hangs_on_its_seed_alone():
     x = torch.randn(2, 50)
     both = dropout(x, SEEDS, 0.3)
