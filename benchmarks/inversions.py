@@ -34,6 +34,7 @@ import pentimento
 from pentimento import images, metrics, recipe, runfolder
 from pentimento.infinity import regions
 from pentimento.infinity.backbone import extend
+from pentimento.infinity.config import InfinityConfig
 from pentimento.infinity.quantizer import to_tokens
 from pentimento.method import EditSettings, Example
 from pentimento.methods.editinfinity import LORA, PROMPT, EditInfinity
@@ -120,6 +121,7 @@ def plan_of(name: str, case: Case, source: Path, overrides: Iterable[str]) -> Re
 def loaded(overrides: tuple[str, ...]) -> EditInfinity:
     """The model, once in every worker."""
     plan = recipe.load("editinfinity", overrides)
+    assert isinstance(plan.backbone, InfinityConfig)
     return EditInfinity.load(plan.backbone, plan.config)
 
 
@@ -137,9 +139,10 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
     mask = Image.fromarray((changed.numpy() * 255).astype("uint8"))
     for name in work.arms:
         out = work.place / name
+        found: dict[str, Any] = {}
         if name == TOKENIZER:
             codes = method.infinity.encode_images([source], schedule)
-            result, found = method.infinity.decode(torch.stack(codes.codes).sum(0))[0], {}
+            result = method.infinity.decode(torch.stack(codes.codes).sum(0))[0]
         else:
             plan = plan_of(name, case, work.place / "source.png", overrides)
             result, found = edited(method, name, plan, case, Example(source=source, mask=mask))
@@ -244,10 +247,9 @@ def table(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for result in results:
         floor = best[result["task"], result["key"]]
         below = {"below the tokenizer": "background", "below it a cell off": "cell off"}
-        values = result | {
-            column: None if result[name] is None else floor[name] - result[name]
-            for column, name in below.items()
-        }
+        values = dict(result)
+        for column, name in below.items():
+            values[column] = None if result[name] is None else floor[name] - result[name]
         for task in (result["task"], ALL):
             columns = gathered.setdefault((result["arm"], task), {})
             for name in COLUMNS:

@@ -19,6 +19,7 @@ from PIL import Image
 import pentimento
 from pentimento import images, metrics, recipe, run
 from pentimento.flux.backbone import Flux
+from pentimento.flux.config import FluxConfig
 from pentimento.method import Method
 from pentimento.pocket import score
 
@@ -97,6 +98,7 @@ def main() -> None:
     write_pairs(learnt, args.out / "pairs")
     write_pairs(held, args.out / "held-out")
     settings = settings_of(args, overrides)
+    assert isinstance(settings.backbone, FluxConfig)
     editor = run.load(run.train_run(settings, args.out / "run"))
     sides = (
         [images.open_image(args.out / "held-out" / side / f"{file.stem}.png") for file in held]

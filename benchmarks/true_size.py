@@ -28,6 +28,7 @@ import pentimento
 from pentimento import data, images, recipe, run, train
 from pentimento.cache import Samples
 from pentimento.infinity import regions
+from pentimento.infinity.config import InfinityConfig
 from pentimento.infinity.loading import SETTINGS, outline
 from pentimento.infinity.sampling import Interventions, Sampling
 from pentimento.infinity.tokenizer import Tokenizer, TokenizerConfig
@@ -204,6 +205,7 @@ def draw(method: EditInfinity, photo: Image.Image, clock: Clock, repeats: int) -
 def measure(plan: Recipe, photo: Image.Image, out: Path, repeats: int) -> dict[str, Any]:
     """Everything, from loading on."""
     clock = Clock()
+    assert isinstance(plan.backbone, InfinityConfig)
     method = EditInfinity.load(plan.backbone, plan.config)
     start = clock.end("start-up", "transformer read and moved to the device")
     samples = Samples(data.open_data(plan.data), method, cache="memory")
