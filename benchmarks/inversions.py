@@ -56,6 +56,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+CLEAN = 60.0
+"""dB that count as no difference, as in the read-out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way to make the edit."""
@@ -158,12 +162,8 @@ def one_case(work: Work, overrides: tuple[str, ...]) -> None:
 
 def outside(result: Image.Image, source: Image.Image, changed: Tensor, margin: int) -> float | None:
     """PSNR of the pixels more than ``margin`` away from those that change (H, W); ``None`` where there are none."""
-    near = F.max_pool2d(changed.float()[None], 2 * margin + 1, 1, margin)[0] > 0
-    if near.all():
-        return None
-    a, b = images.to_unit([result, source])
-    error = (a - b).square().mean(0)[~near].mean()
-    return min(60.0, float(-10 * torch.log10(error.clamp(min=1e-9))))
+    psnr = float(metrics.strict_bg_psnr(source, result, metrics.dilate(changed, margin)))
+    return None if math.isnan(psnr) else min(CLEAN, psnr)
 
 
 def edited(

@@ -211,6 +211,15 @@ def test_watching(infinity: Infinity, cfg: float) -> None:
         assert not attention.permute(0, 3, 1, 2)[~text.known()].any()
 
 
+def rows_learnt(infinity: Infinity, totals: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of learnt rows."""
+    rows = torch.ones(2, 32, requires_grad=True)
+    logits = infinity.logits(extend(infinity.encode_prompts(PROMPTS), rows), totals, SCHEDULE)
+    logits.square().mean().backward()
+    assert rows.grad is not None
+    return logits.detach(), rows.grad
+
+
 @pytest.mark.parametrize(("share", "again"), [(True, 4), (0.5, 2), (0.3, 2), (False, 0)])
 def test_checkpointing_changes_nothing(
     infinity: Infinity,
@@ -227,10 +236,7 @@ def test_checkpointing_changes_nothing(
     monkeypatch.setattr(Block, "forward", lambda block, *given: [ran.append(block), run(block, *given)][1])
     results, counts = [], []
     for each in (infinity, other):
-        rows = torch.ones(2, 32, requires_grad=True)
-        logits = each.logits(extend(each.encode_prompts(PROMPTS), rows), totals, SCHEDULE)
-        logits.square().mean().backward()
-        results.append((logits.detach(), rows.grad))
+        results.append(rows_learnt(each, totals))
         counts.append(len(ran))
     assert counts == [4, 4 + 4 + again]
     assert ran[8:] == list(other.transformer.blocks)[:again][::-1]
@@ -267,33 +273,24 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
         yield traced
 
 
+@pytest.fixture
+def compiled(infinity_config: InfinityConfig, graphs: list[torch.fx.GraphModule]) -> Infinity:
+    return Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
+
+
 def test_where_the_text_is_learnt_blocks_are_not_compiled(
-    infinity: Infinity,
-    infinity_config: InfinityConfig,
-    totals: list[Tensor],
-    graphs: list[torch.fx.GraphModule],
+    infinity: Infinity, compiled: Infinity, totals: list[Tensor], graphs: list[torch.fx.GraphModule]
 ) -> None:
     """Compiled for a GPU, gradients of the modulation would be wrong."""
-    compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
-    results = []
-    for each in (infinity, compiled):
-        rows = torch.ones(2, 32, requires_grad=True)
-        logits = each.logits(extend(each.encode_prompts(PROMPTS), rows), totals, SCHEDULE)
-        logits.square().mean().backward()
-        assert rows.grad is not None
-        results.append((logits.detach(), rows.grad))
+    theirs, ours = (rows_learnt(each, totals) for each in (infinity, compiled))
     assert not graphs
-    assert torch.equal(results[1][0], results[0][0]) and torch.equal(results[1][1], results[0][1])
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 def test_compiled_blocks_train_alike(
-    infinity: Infinity,
-    infinity_config: InfinityConfig,
-    totals: list[Tensor],
-    graphs: list[torch.fx.GraphModule],
+    infinity: Infinity, compiled: Infinity, totals: list[Tensor], graphs: list[torch.fx.GraphModule]
 ) -> None:
     """Traced in the first step alone, whatever is dropped; pictures are drawn as ever."""
-    compiled = Infinity.load(replace(infinity_config, compile=True, gradient_checkpointing=True))
     counts, gradients = [], []
     for each in (infinity, compiled):
         adapters = Adapters(each.transformer)

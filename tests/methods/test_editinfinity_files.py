@@ -387,7 +387,7 @@ def test_what_is_dropped_depends_on_step_and_row_alone(infinity: Infinity) -> No
     both, first, second = (losses(edit, features, *rows) for rows in ((0, 1), (0,), (1,)))
     assert both[0] == pytest.approx((first[0] + second[0]) / 2, rel=1e-5)
     torch.testing.assert_close(both[1], (first[1] + second[1]) / 2, rtol=1e-4, atol=1e-6)
-    infinity.transformer.checkpointing = True
+    infinity.transformer.checkpointing = 1.0
     again = losses(edit, features, 0, 1)
     assert again[0] == pytest.approx(both[0]) and torch.allclose(again[1], both[1], rtol=1e-4, atol=1e-6)
     assert losses(edit, features, 0, 1, step=2)[0] != pytest.approx(both[0])
